@@ -134,7 +134,7 @@ func (o *Output) open(noLock bool) error {
 		return nil
 	}
 	// Where there are no locks nobody but us knows of the new file anyway.
-	err = lock(f, o.path, lockWriter())
+	err = lock(f, o.path, lockWriter)
 	if err != nil && !errors.Is(err, errors.ErrUnsupported) {
 		return err
 	}
@@ -168,7 +168,7 @@ func (o *Output) openOld(noLock bool) error {
 	if noLock {
 		return nil
 	}
-	return lock(o.old, o.path, lockWriter())
+	return lock(o.old, o.path, lockWriter)
 }
 
 func checkRegular(path string, mode fs.FileMode) error {

@@ -88,12 +88,12 @@ func NewFile(f *os.File, opts *FileOptions) (*File, error) {
 	}
 	d := &File{f: f, name: f.Name(), writable: opts.Write, regular: st.Mode().IsRegular()}
 	if !opts.NoLock {
-		mode := lockReader()
+		mode := lockReader
 		switch {
 		case opts.Write:
-			mode = lockWriter()
+			mode = lockWriter
 		case opts.ForceShare:
-			mode = lockShared()
+			mode = lockShared
 		}
 		err := lock(f, f.Name(), mode)
 		if err != nil && (opts.Write || !errors.Is(err, errors.ErrUnsupported)) {

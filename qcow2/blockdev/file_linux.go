@@ -3,6 +3,7 @@ package blockdev
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -53,7 +54,7 @@ func punch(f *os.File, off, n int64) error {
 }
 
 // seekData returns the start of the first data at or after off, or size if
-// there is none; seekHole the start of the first hole.
+// there is none; seekHole the same of the first hole.
 func seekData(f *os.File, off, size int64) (int64, error) { return seek(f, off, size, unix.SEEK_DATA) }
 func seekHole(f *os.File, off, size int64) (int64, error) { return seek(f, off, size, unix.SEEK_HOLE) }
 
@@ -64,6 +65,9 @@ func seek(f *os.File, off, size int64, whence int) (at int64, err error) {
 	})
 	switch err {
 	case unix.ENXIO:
+		if st, err := f.Stat(); err == nil && st.Mode().IsRegular() && st.Size() < size {
+			return 0, fmt.Errorf("the file has become shorter than %d bytes: %w", size, io.ErrUnexpectedEOF)
+		}
 		return size, nil
 	case unix.EINVAL, unix.EOPNOTSUPP, unix.ENOSYS:
 		return 0, errors.ErrUnsupported

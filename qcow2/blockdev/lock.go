@@ -37,14 +37,14 @@ type lockMode struct {
 	use, unshared []int
 }
 
-var errNoLocks = fmt.Errorf("no locks that QEMU can see here: %w", errors.ErrUnsupported)
+// The three modes, those of QEMU's qcow2 driver whatever the format.
+var (
+	lockReader = lockMode{use: []int{permRead}, unshared: []int{permWrite, permResize}}
+	lockWriter = lockMode{use: []int{permRead, permWrite, permResize}, unshared: []int{permWrite, permResize}}
+	lockShared = lockMode{use: []int{permRead}}
+)
 
-// lockMode values are made by functions, as slices cannot be constants.
-func lockReader() lockMode { return lockMode{[]int{permRead}, []int{permWrite, permResize}} }
-func lockWriter() lockMode {
-	return lockMode{[]int{permRead, permWrite, permResize}, []int{permWrite, permResize}}
-}
-func lockShared() lockMode { return lockMode{[]int{permRead}, nil} }
+var errNoLocks = fmt.Errorf("no locks here that QEMU can see (open file description locks): %w", errors.ErrUnsupported)
 
 // LockError is a lock that another process holds. It matches ErrLocked.
 type LockError struct {

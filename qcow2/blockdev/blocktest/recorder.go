@@ -1,0 +1,187 @@
+package blocktest
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"sync"
+
+	"qimg/qcow2/blockdev"
+)
+
+// OpKind is a call of a device.
+type OpKind uint8
+
+const (
+	Read OpKind = 1 + iota // ReadAt or NextExtent
+	Write
+	Sync
+	Truncate
+	Discard
+	WriteZeroes
+)
+
+func (k OpKind) String() string {
+	names := []string{"", "read", "write", "sync", "truncate", "discard", "write zeroes"}
+	if k > 0 && int(k) < len(names) {
+		return names[k]
+	}
+	return fmt.Sprintf("OpKind(%d)", uint8(k))
+}
+
+// Op is one recorded call that changed, or synced, a device.
+type Op struct {
+	Kind OpKind
+	Off  int64
+	N    int64  // length of the range; for Truncate the new size
+	Data []byte // of a Write, N bytes
+}
+
+func (o Op) String() string { return fmt.Sprintf("%v %d+%d", o.Kind, o.Off, o.N) }
+
+// Apply does to m what the call did to its device. A discarded range reads as
+// zeroes then. A range beyond the end of m, as when the Truncate before it is
+// left out, makes m longer, as it would a file.
+func (o Op) Apply(m *blockdev.Memory) error {
+	if o.Kind != Sync && o.Kind != Truncate && o.Off+o.N > m.Size() {
+		if err := m.Truncate(o.Off + o.N); err != nil {
+			return err
+		}
+	}
+	switch o.Kind {
+	case Write:
+		_, err := m.WriteAt(o.Data, o.Off)
+		return err
+	case Truncate:
+		return m.Truncate(o.N)
+	case Discard, WriteZeroes:
+		return m.WriteZeroes(o.Off, o.N)
+	}
+	return nil
+}
+
+// Recorder is a device that passes every call on to another and records those
+// that change or sync it, in the order in which they were done. It is safe for
+// concurrent use. It is no RangeCopier, so that every byte is seen.
+type Recorder struct {
+	mu   sync.Mutex
+	d    blockdev.Device
+	base *blockdev.Memory
+	ops  []Op
+}
+
+// NewRecorder returns a recorder on d. What d holds now is where Replay begins.
+func NewRecorder(d blockdev.Device) (*Recorder, error) {
+	base := blockdev.NewMemory(d.Size())
+	if err := copyData(base, d); err != nil {
+		return nil, err
+	}
+	return &Recorder{d: d, base: base}, nil
+}
+
+// copyData copies all that does not read as zeroes.
+func copyData(dst *blockdev.Memory, src blockdev.Reader) error {
+	for off := int64(0); off < src.Size(); {
+		e, err := blockdev.NextExtent(src, off)
+		if err != nil {
+			return err
+		}
+		if !e.Kind.ReadsZero() {
+			if _, err := io.Copy(io.NewOffsetWriter(dst, off), io.NewSectionReader(src, off, e.Len)); err != nil {
+				return err
+			}
+		}
+		off += e.Len
+	}
+	return nil
+}
+
+// Ops returns what was recorded.
+func (r *Recorder) Ops() []Op {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.ops)
+}
+
+// Replay returns a device as it was after the first n recorded operations.
+func (r *Recorder) Replay(n int) (*blockdev.Memory, error) {
+	m := blockdev.NewMemory(r.base.Size())
+	if err := copyData(m, r.base); err != nil {
+		return nil, err
+	}
+	for _, op := range r.Ops()[:n] {
+		if err := op.Apply(m); err != nil {
+			return nil, fmt.Errorf("replay of %v: %w", op, err)
+		}
+	}
+	return m, nil
+}
+
+// do runs a call and records it if it has succeeded.
+func (r *Recorder) do(op Op, call func() error) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	err := call()
+	if err == nil {
+		r.ops = append(r.ops, op)
+	}
+	return err
+}
+
+// Size returns the size of the device.
+func (r *Recorder) Size() int64 { return r.d.Size() }
+
+// ReadAt reads from the device.
+func (r *Recorder) ReadAt(p []byte, off int64) (int, error) { return r.d.ReadAt(p, off) }
+
+// NextExtent is the device's.
+func (r *Recorder) NextExtent(off int64) (blockdev.Extent, error) {
+	return blockdev.NextExtent(r.d, off)
+}
+
+// WriteAt writes to the device. Of a write that fails the part that was
+// written is recorded.
+func (r *Recorder) WriteAt(p []byte, off int64) (n int, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	n, err = r.d.WriteAt(p, off)
+	if n > 0 {
+		r.ops = append(r.ops, Op{Write, off, int64(n), slices.Clone(p[:n])})
+	}
+	return n, err
+}
+
+// Sync syncs the device.
+func (r *Recorder) Sync() error {
+	return r.do(Op{Kind: Sync}, func() error { return blockdev.Sync(r.d) })
+}
+
+// Truncate sets the size of the device.
+func (r *Recorder) Truncate(size int64) error {
+	return r.do(Op{Kind: Truncate, N: size}, func() error { return truncate(r.d, size) })
+}
+
+// Discard discards a range of the device.
+func (r *Recorder) Discard(off, n int64) error {
+	return r.do(Op{Kind: Discard, Off: off, N: n}, func() error { return discard(r.d, off, n) })
+}
+
+// WriteZeroes makes a range of the device read as zeroes.
+func (r *Recorder) WriteZeroes(off, n int64) error {
+	return r.do(Op{Kind: WriteZeroes, Off: off, N: n}, func() error { return blockdev.WriteZeroes(r.d, off, n) })
+}
+
+func truncate(d blockdev.Device, size int64) error {
+	if t, ok := d.(blockdev.Truncater); ok {
+		return t.Truncate(size)
+	}
+	return fmt.Errorf("truncate: %w", errors.ErrUnsupported)
+}
+
+func discard(d blockdev.Device, off, n int64) error {
+	if t, ok := d.(blockdev.Discarder); ok {
+		return t.Discard(off, n)
+	}
+	return fmt.Errorf("discard: %w", errors.ErrUnsupported)
+}
