@@ -1,0 +1,667 @@
+package qcow2
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"iter"
+	"maps"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"qimg/qcow2/blockdev"
+)
+
+// ErrNotPlanned: a range was written that the plan of a Writer does not have.
+var ErrNotPlanned = errors.New("not in the plan of the image")
+
+// WriterOptions says what image a Writer makes.
+type WriterOptions struct {
+	FormatOptions
+	// Compress stores clusters compressed. It decides how the Writer works:
+	// see Writer.
+	Compress bool
+	// Extents are the guest ranges that will be written, as offset and length
+	// in bytes: ascending, not overlapping, inside the image. They are rounded
+	// out to clusters. What lies outside stays unallocated and reads as zeroes
+	// or from the backing file. Nil: nothing is written. The sequence is gone
+	// through once, by NewWriter.
+	Extents iter.Seq2[int64, int64]
+}
+
+// Writer makes a whole new image in one pass.
+//
+// Without compression every planned cluster has its place from the start, in
+// ascending order, and all tables are on the device when NewWriter returns.
+// WriteAt and CopyRange then go straight to the device, at any alignment,
+// from any number of goroutines. What is planned and never written reads as
+// zeroes.
+//
+// With compression the place of a cluster depends on the size of those before
+// it. WriteAt takes whole clusters (see Granularity), compresses them in the
+// goroutine of the caller, and places them in the order of the guest, so that
+// the image does not depend on the number of goroutines. A cluster that comes
+// before its turn is kept; when 16 MiB are kept the caller has to wait until
+// those before it have come. So each goroutine has to take the lowest part of
+// the plan that no other has taken, and everything planned has to be written,
+// or named by WriteZeroes; else WriteAt waits forever (Abort ends that).
+// Clusters of zeroes are not stored, those that do not get smaller are stored
+// as they are.
+//
+// The device has to read as zeroes. If its size is 0 the Writer gives it the
+// size it needs, by Truncate; otherwise it has to be large enough.
+//
+// After an error the image cannot be finished. Order of writes: tables and
+// data in any order, the header last, by Finish; until then the first cluster
+// is zero and nothing takes the file for an image. The Writer never syncs.
+type Writer struct {
+	dst      blockdev.Device
+	growable bool
+	header   Header
+	geo      geometry
+	plan     plan
+	done     atomic.Bool
+	failed   atomic.Pointer[error] // the first error
+
+	ordered *orderedWriter // nil: not compressed
+}
+
+// NewWriter begins an image of size bytes, rounded up to a multiple of 512, on
+// dst. Options that do not go together are an OptionError, a plan that needs
+// tables larger than QEMU takes is ErrLimit.
+func NewWriter(dst blockdev.Device, size int64, opts *WriterOptions) (*Writer, error) {
+	if opts == nil {
+		opts = &WriterOptions{}
+	}
+	h, err := opts.header(size)
+	if err != nil {
+		return nil, err
+	}
+	h.addFeatureNames()
+	if _, err := h.firstCluster(); err != nil {
+		return nil, err
+	}
+	w := newWriter(dst, h)
+	w.plan, err = newPlan(opts.Extents, int64(h.Size), w.geo.clusterBits)
+	if err != nil {
+		return nil, err
+	}
+	if opts.Compress {
+		w.ordered, err = newOrderedWriter(w)
+		return w, err
+	}
+	return w, w.writeTables(w.host, w.plan.clusters(), subclusterAllocMask)
+}
+
+func newWriter(dst blockdev.Device, h Header) *Writer {
+	return &Writer{dst: dst, growable: dst.Size() == 0, header: h, geo: h.geometry()}
+}
+
+// Size returns the virtual size in bytes.
+func (w *Writer) Size() int64 { return int64(w.header.Size) }
+
+// Granularity returns what offsets and lengths given to WriteAt and
+// WriteZeroes have to be multiples of: the cluster size with compression, else
+// 1. A write that ends at the end of the image may be shorter.
+func (w *Writer) Granularity() int64 {
+	if w.ordered != nil {
+		return w.geo.clusterSize
+	}
+	return 1
+}
+
+// host returns the place of a planned cluster that is not compressed.
+func (w *Writer) host(_, rank int64) int64 { return (1 + rank) << w.geo.clusterBits }
+
+// writeTables writes the final tables of an image that is not compressed,
+// behind the header and so many clusters of data.
+func (w *Writer) writeTables(host func(cluster, rank int64) int64, data int64, bitmap uint64) error {
+	l2 := 1 + data
+	l1 := l2
+	for range w.plan.tables(w.geo.l2Bits) {
+		l1++
+	}
+	used := l1 + w.geo.clusters(int64(w.header.L1Size)*l1EntrySize)
+	blocks, clusters, err := w.geo.refcountArea(used, 0)
+	if err != nil {
+		return err
+	}
+	if err := w.grow(used + blocks + clusters); err != nil {
+		return err
+	}
+	t := newTableWriter(w.dst, &w.geo, l2)
+	t.l2Tables(w.plan, host, bitmap)
+	t.l1Table(w.plan, int64(w.header.L1Size), l2)
+	at, clusters, err := t.refcounts(used, nil, make([]byte, w.geo.clusterSize), 0)
+	if err == nil {
+		err = t.Flush()
+	}
+	w.setTables(l1, at, clusters)
+	return w.fail(err)
+}
+
+// setTables puts the places of the tables, in clusters, into the header.
+func (w *Writer) setTables(l1, reftable, reftableClusters int64) {
+	if w.header.L1Size > 0 {
+		w.header.L1TableOffset = uint64(l1) << w.geo.clusterBits
+	}
+	w.header.RefcountTableOffset = uint64(reftable) << w.geo.clusterBits
+	w.header.RefcountTableClusters = uint32(reftableClusters) // at most maxReftableSize bytes
+}
+
+// grow makes the device hold so many clusters.
+func (w *Writer) grow(clusters int64) error {
+	size := clusters << w.geo.clusterBits
+	if t, ok := w.dst.(blockdev.Truncater); ok && w.growable {
+		return t.Truncate(size)
+	}
+	if have := w.dst.Size(); have < size {
+		return fmt.Errorf("qcow2: the image needs %d bytes, the device has %d", size, have)
+	}
+	return nil
+}
+
+// fail keeps the first error.
+func (w *Writer) fail(err error) error {
+	if err != nil {
+		w.failed.CompareAndSwap(nil, &err)
+	}
+	return err
+}
+
+// usable returns why nothing can be written any more.
+func (w *Writer) usable() error {
+	if err := w.failed.Load(); err != nil {
+		return fmt.Errorf("qcow2: image cannot be written after an earlier error: %w", *err)
+	}
+	if w.done.Load() {
+		return os.ErrClosed
+	}
+	return nil
+}
+
+// WriteAt writes p to the guest range at off, which has to be planned
+// (ErrNotPlanned) and, with compression, to be whole clusters that were not
+// written before. It is safe for concurrent use. After Finish the error is
+// os.ErrClosed.
+func (w *Writer) WriteAt(p []byte, off int64) (int, error) {
+	if err := w.check(off, int64(len(p))); err != nil {
+		return 0, err
+	}
+	if w.ordered != nil {
+		return w.ordered.write(p, off)
+	}
+	done := 0
+	for done < len(p) {
+		host, n, err := w.locate(off+int64(done), int64(len(p)-done))
+		if err != nil {
+			return done, err
+		}
+		m, err := w.dst.WriteAt(p[done:done+int(n)], host)
+		done += m
+		if err != nil {
+			return done, w.fail(err)
+		}
+	}
+	return done, nil
+}
+
+// CopyRange implements blockdev.RangeCopier where the device does and there is
+// no compression. The range has to be planned. It is safe for concurrent use.
+func (w *Writer) CopyRange(off int64, src *os.File, srcOff, n int64) (int64, error) {
+	if err := w.check(off, n); err != nil {
+		return 0, err
+	}
+	rc, ok := w.dst.(blockdev.RangeCopier)
+	if !ok || w.ordered != nil {
+		return 0, fmt.Errorf("qcow2: copy by the kernel: %w", errors.ErrUnsupported)
+	}
+	done := int64(0)
+	for done < n {
+		host, part, err := w.locate(off+done, n-done)
+		if err != nil {
+			return done, err
+		}
+		m, err := rc.CopyRange(host, src, srcOff+done, part)
+		done += m
+		if err != nil && !errors.Is(err, errors.ErrUnsupported) {
+			w.fail(err)
+		}
+		if err != nil || m < part {
+			return done, err
+		}
+	}
+	return done, nil
+}
+
+// WriteZeroes makes a planned range read as zeroes. Without compression a
+// range that was not written before does so already. It is safe for concurrent
+// use.
+func (w *Writer) WriteZeroes(off, n int64) error {
+	if err := w.check(off, n); err != nil {
+		return err
+	}
+	if w.ordered != nil {
+		return w.ordered.writeZeroes(off, n)
+	}
+	for end := off + n; off < end; {
+		host, part, err := w.locate(off, end-off)
+		if err != nil {
+			return err
+		}
+		if err := blockdev.WriteZeroes(w.dst, host, part); err != nil {
+			return w.fail(err)
+		}
+		off += part
+	}
+	return nil
+}
+
+// check checks a guest range that is to be written.
+func (w *Writer) check(off, n int64) error {
+	if err := w.usable(); err != nil {
+		return err
+	}
+	if off < 0 || n < 0 || n > w.Size()-off {
+		return fmt.Errorf("qcow2: write of %d bytes at %#x: image ends at %#x: %w", n, off, w.Size(), ErrNotPlanned)
+	}
+	if mask := w.Granularity() - 1; off&mask != 0 || n&mask != 0 && off+n != w.Size() {
+		return fmt.Errorf("qcow2: write of %d bytes at %#x: expected multiples of %#x", n, off, mask+1)
+	}
+	return nil
+}
+
+// locate returns where the guest range at off lies on the device, and how many
+// of its n bytes lie there in a row.
+func (w *Writer) locate(off, n int64) (host, part int64, err error) {
+	cluster := off >> w.geo.clusterBits
+	r, ok := w.plan.find(cluster)
+	if !ok {
+		return 0, 0, fmt.Errorf("qcow2: write at %#x: %w", off, ErrNotPlanned)
+	}
+	host = w.host(0, r.rank+cluster-r.cluster) | int64(w.geo.inCluster(uint64(off)))
+	return host, min(n, r.end()<<w.geo.clusterBits-off), nil
+}
+
+// Abort ends the Writer without an image and wakes whoever waits in WriteAt:
+// that and every later call returns an error that matches os.ErrClosed. What
+// was written stays on the device. After Finish it does nothing.
+func (w *Writer) Abort() {
+	if w.done.Swap(true) {
+		return
+	}
+	w.fail(os.ErrClosed)
+	if w.ordered != nil {
+		w.ordered.wake()
+	}
+}
+
+// Finish writes what is left and then the header. No other call may be under
+// way. Planned clusters that were never written read as zeroes; with
+// compression they stay unallocated, so that a backing file shows through.
+func (w *Writer) Finish() error {
+	if err := w.usable(); err != nil {
+		return err
+	}
+	w.done.Store(true)
+	if w.ordered != nil {
+		if err := w.ordered.finish(); err != nil {
+			return w.fail(err)
+		}
+	}
+	b, err := w.header.firstCluster()
+	if err != nil {
+		return err // checked by NewWriter
+	}
+	_, err = w.dst.WriteAt(b, 0)
+	return w.fail(err)
+}
+
+// parkedBytes is how much is kept at most that has come before its turn.
+const parkedBytes = 16 << 20
+
+// growStep is by how much a device grows whose final size is not known yet.
+const growStep = 64 << 20
+
+// content is a cluster that waits for its place.
+type content struct {
+	cluster    int64
+	data       []byte  // nil: zeroes
+	compressed bool    // else data is a whole cluster
+	buf        *[]byte // of the pool, holds data; nil if data is the caller's
+}
+
+// orderedWriter places clusters in the order of the guest.
+type orderedWriter struct {
+	w *Writer
+	c *compressor
+
+	mu     sync.Mutex
+	turn   sync.Cond         // next has changed, or the Writer has failed
+	next   int64             // rank whose turn it is
+	busy   bool              // it is being placed
+	parked map[int64]content // by rank, all above next
+	limit  int               // of parked
+
+	// The rest belongs to whoever has set busy.
+	alloc    *allocator
+	blocks   []int64  // places of the refcount blocks that have one
+	l1       []uint64 // final entries
+	l2       []byte   // the L2 table being filled
+	l2Index  int64    // its index in the L1 table; -1: none
+	size     int64    // of the device, in clusters
+	out      []byte   // bytes to be written at outStart
+	outStart int64
+}
+
+func newOrderedWriter(w *Writer) (*orderedWriter, error) {
+	c, err := newCompressor(w.header.CompressionType, w.geo.clusterSize)
+	if err != nil {
+		return nil, err
+	}
+	o := &orderedWriter{
+		w: w, c: c,
+		parked:  map[int64]content{},
+		limit:   int(max(8, parkedBytes>>w.geo.clusterBits)),
+		alloc:   newAllocator(&w.geo),
+		l1:      make([]uint64, w.header.L1Size), // at most maxL1Size bytes, see setSize
+		l2:      make([]byte, w.geo.clusterSize),
+		l2Index: -1,
+		out:     make([]byte, 0, max(tableBuffer, 2*w.geo.clusterSize)),
+	}
+	o.turn.L = &o.mu
+	return o, nil
+}
+
+func (o *orderedWriter) wake() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.turn.Broadcast()
+}
+
+func (o *orderedWriter) write(p []byte, off int64) (int, error) {
+	g := &o.w.geo
+	done := 0
+	for done < len(p) {
+		rank, err := o.rank(off + int64(done))
+		if err != nil {
+			return done, err
+		}
+		part := p[done:min(len(p), done+int(g.clusterSize))]
+		c, err := o.encode(part)
+		if err != nil {
+			return done, o.w.fail(err)
+		}
+		c.cluster = (off + int64(done)) >> g.clusterBits
+		if err := o.submit(rank, c); err != nil {
+			return done, err
+		}
+		done += len(part)
+	}
+	return done, nil
+}
+
+func (o *orderedWriter) writeZeroes(off, n int64) error {
+	for end := off + n; off < end; off += o.w.geo.clusterSize {
+		rank, err := o.rank(off)
+		if err != nil {
+			return err
+		}
+		if err := o.submit(rank, content{cluster: off >> o.w.geo.clusterBits}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (o *orderedWriter) rank(off int64) (int64, error) {
+	cluster := off >> o.w.geo.clusterBits
+	r, ok := o.w.plan.find(cluster)
+	if !ok {
+		return 0, fmt.Errorf("qcow2: write at %#x: %w", off, ErrNotPlanned)
+	}
+	return r.rank + cluster - r.cluster, nil
+}
+
+// encode makes of p, a cluster or its part before the end of the image, what
+// is stored of it.
+func (o *orderedWriter) encode(p []byte) (content, error) {
+	if isZero(p) {
+		return content{}, nil
+	}
+	c := content{data: p}
+	if short := o.w.geo.clusterSize - int64(len(p)); short > 0 {
+		c = o.copied(c)
+		*c.buf = append(*c.buf, make([]byte, short)...)
+		c.data = *c.buf
+	}
+	buf, err := o.c.compress(c.data)
+	if err != nil || buf == nil {
+		return c, err
+	}
+	o.release(c)
+	return content{data: *buf, compressed: true, buf: buf}, nil
+}
+
+// copied returns c with its data in a buffer of the pool.
+func (o *orderedWriter) copied(c content) content {
+	if c.buf == nil && c.data != nil {
+		c.buf = o.c.buffers.Get().(*[]byte)
+		*c.buf = append((*c.buf)[:0], c.data...)
+		c.data = *c.buf
+	}
+	return c
+}
+
+func (o *orderedWriter) release(c content) {
+	if c.buf != nil {
+		o.c.buffers.Put(c.buf)
+	}
+}
+
+// submit places c if it is its turn, and with it all that waited for it; else
+// c is parked.
+func (o *orderedWriter) submit(rank int64, c content) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for rank > o.next && len(o.parked) >= o.limit && o.w.usable() == nil {
+		o.turn.Wait()
+	}
+	if err := o.w.usable(); err != nil {
+		return err
+	}
+	if _, ok := o.parked[rank]; ok || rank < o.next || rank == o.next && o.busy {
+		return fmt.Errorf("qcow2: cluster at %#x written twice", c.cluster<<o.w.geo.clusterBits)
+	}
+	if rank > o.next {
+		o.parked[rank] = o.copied(c)
+		return nil
+	}
+	for ok := true; ok; {
+		o.busy = true
+		o.mu.Unlock()
+		err := o.place(c)
+		o.mu.Lock()
+		o.busy = false
+		o.next++
+		if err != nil {
+			o.turn.Broadcast()
+			return o.w.fail(err)
+		}
+		c, ok = o.parked[o.next]
+		delete(o.parked, o.next)
+		o.turn.Broadcast()
+	}
+	return nil
+}
+
+// place stores a cluster. Clusters come here in the order of the guest.
+func (o *orderedWriter) place(c content) error {
+	defer o.release(c)
+	g := &o.w.geo
+	var entry, bitmap uint64
+	switch {
+	case c.data == nil && o.w.header.BackingFile == "":
+		return nil
+	case c.data == nil && g.extended:
+		bitmap = subclusterAllocMask << subclustersPerCluster // all read as zeroes
+	case c.data == nil && o.w.header.Version >= 3:
+		entry = oflagZero
+	case c.compressed:
+		n := int64(len(c.data))
+		off := o.alloc.bytes(n)
+		sectors := (off+n-1)/compressedSectorSize - off/compressedSectorSize
+		if off>>g.csizeShift != 0 {
+			return fmt.Errorf("qcow2: compressed cluster at %#x of the file: the format has %d bits for the offset: %w", off, g.csizeShift, ErrLimit)
+		}
+		entry = oflagCompressed | uint64(sectors)<<g.csizeShift | uint64(off)
+		if err := o.put(off, c.data); err != nil {
+			return err
+		}
+	default:
+		if c.data == nil { // version 2 has no other zeroes over a backing file
+			c.data = make([]byte, g.clusterSize)
+		}
+		off := o.alloc.clusters(1) << g.clusterBits
+		entry, bitmap = uint64(off)|oflagCopied, subclusterAllocMask
+		if err := o.put(off, c.data); err != nil {
+			return err
+		}
+	}
+	if err := o.setL2(c.cluster, entry, bitmap); err != nil {
+		return err
+	}
+	return o.placeBlocks()
+}
+
+func (o *orderedWriter) setL2(cluster int64, entry, bitmap uint64) error {
+	g := &o.w.geo
+	if t := cluster >> g.l2Bits; t != o.l2Index {
+		if err := o.placeL2(); err != nil {
+			return err
+		}
+		o.l2Index = t
+	}
+	at := o.l2[cluster&(1<<g.l2Bits-1)*g.l2EntrySize:]
+	binary.BigEndian.PutUint64(at, entry)
+	if g.extended {
+		binary.BigEndian.PutUint64(at[8:], bitmap)
+	}
+	return nil
+}
+
+// placeL2 stores the L2 table that was filled.
+func (o *orderedWriter) placeL2() error {
+	if o.l2Index < 0 {
+		return nil
+	}
+	off := o.alloc.clusters(1) << o.w.geo.clusterBits
+	o.l1[o.l2Index] = uint64(off) | oflagCopied
+	err := o.put(off, o.l2)
+	clear(o.l2)
+	return err
+}
+
+// placeBlocks stores the refcount blocks that are final.
+func (o *orderedWriter) placeBlocks() error {
+	a := o.alloc
+	for len(a.full) > 0 {
+		block := a.full[0]
+		a.full = a.full[1:]
+		off := a.clusters(1) << o.w.geo.clusterBits
+		o.blocks = append(o.blocks, off)
+		if err := o.put(off, block); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// put writes p, at most a cluster, at off. Bytes that nobody puts are zero.
+func (o *orderedWriter) put(off int64, p []byte) error {
+	end := off + int64(len(p)) - o.outStart
+	switch {
+	case off < o.outStart: // a cluster left with room is gone on with
+		_, err := o.w.dst.WriteAt(p, off)
+		return err
+	case end > int64(cap(o.out)):
+		if err := o.flush(); err != nil {
+			return err
+		}
+		o.outStart, end = off, int64(len(p))
+	}
+	if n := int64(len(o.out)); end > n {
+		o.out = o.out[:end]
+		clear(o.out[n:])
+	}
+	copy(o.out[off-o.outStart:], p)
+	return nil
+}
+
+func (o *orderedWriter) flush() error {
+	if len(o.out) == 0 {
+		return nil
+	}
+	need := o.w.geo.clusters(o.outStart + int64(len(o.out)))
+	if need > o.size {
+		if o.w.growable {
+			need += growStep >> o.w.geo.clusterBits
+		}
+		if err := o.w.grow(need); err != nil {
+			return err
+		}
+		o.size = need
+	}
+	_, err := o.w.dst.WriteAt(o.out, o.outStart)
+	o.out = o.out[:0]
+	return err
+}
+
+// finish stores what is parked and the tables.
+func (o *orderedWriter) finish() error {
+	for _, rank := range slices.Sorted(maps.Keys(o.parked)) {
+		if err := o.place(o.parked[rank]); err != nil {
+			return err
+		}
+	}
+	if err := o.placeL2(); err != nil {
+		return err
+	}
+	g := &o.w.geo
+	n := g.clusters(int64(len(o.l1)) * l1EntrySize)
+	l1 := o.alloc.clusters(n)
+	table := o.l2 // no longer needed
+	for i := range n {
+		clear(table)
+		entries := o.l1[i*g.clusterSize/l1EntrySize:]
+		for j, e := range entries[:min(int64(len(entries)), g.clusterSize/l1EntrySize)] {
+			binary.BigEndian.PutUint64(table[j*l1EntrySize:], e)
+		}
+		if err := o.put((l1+i)<<g.clusterBits, table); err != nil {
+			return err
+		}
+	}
+	if err := o.placeBlocks(); err != nil {
+		return err
+	}
+	if err := o.flush(); err != nil {
+		return err
+	}
+	used := o.alloc.next
+	blocks, clusters, err := g.refcountArea(used, int64(len(o.blocks)))
+	if err != nil {
+		return err
+	}
+	if err := o.w.grow(used + blocks + clusters); err != nil {
+		return err
+	}
+	t := newTableWriter(o.w.dst, g, used)
+	at, clusters, err := t.refcounts(used, o.blocks, o.alloc.block, used)
+	if err != nil {
+		return err
+	}
+	o.w.setTables(l1, at, clusters)
+	return t.Flush()
+}

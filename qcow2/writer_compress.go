@@ -1,0 +1,98 @@
+package qcow2
+
+import (
+	"bytes"
+	"errors"
+	"sync"
+
+	"github.com/klauspost/compress/flate"
+	"github.com/klauspost/compress/zstd"
+)
+
+// deflateWindow is the largest distance of a match: QEMU inflates with a
+// window of 12 bits.
+const deflateWindow = 1 << 12
+
+// errIncompressible: a cluster does not get smaller by compression.
+var errIncompressible = errors.New("qcow2: incompressible")
+
+// compressor compresses clusters. It is safe for concurrent use.
+type compressor struct {
+	zstd    *zstd.Encoder // nil: deflate
+	deflate sync.Pool     // of *flate.Writer
+	buffers sync.Pool     // of *[]byte with room for a cluster and a little more
+}
+
+func newCompressor(typ CompressionType, clusterSize int64) (*compressor, error) {
+	c := &compressor{}
+	c.buffers.New = func() any {
+		b := make([]byte, 0, clusterSize+clusterSize/8+64)
+		return &b
+	}
+	if typ == CompressionZstd {
+		var err error
+		// QEMU stops when the cluster is full and takes a checksum behind it
+		// for a frame that has not ended.
+		c.zstd, err = zstd.NewWriter(nil, zstd.WithEncoderCRC(false), zstd.WithLowerEncoderMem(true),
+			zstd.WithWindowSize(max(zstd.MinWindowSize, int(clusterSize))))
+		return c, err
+	}
+	return c, nil
+}
+
+// compress returns p, a whole cluster, compressed, in a buffer of the pool; or
+// nil if it does not get smaller.
+func (c *compressor) compress(p []byte) (*[]byte, error) {
+	buf := c.buffers.Get().(*[]byte)
+	if c.zstd != nil {
+		*buf = c.zstd.EncodeAll(p, (*buf)[:0])
+		if len(*buf) >= len(p) {
+			c.buffers.Put(buf)
+			return nil, nil
+		}
+		return buf, nil
+	}
+	dst := limitedBuffer{(*buf)[:0], len(p) - 1}
+	w, _ := c.deflate.Get().(*flate.Writer)
+	if w == nil {
+		var err error
+		if w, err = flate.NewWriterWindow(&dst, deflateWindow); err != nil {
+			return nil, err
+		}
+	} else {
+		w.Reset(&dst)
+	}
+	_, err := w.Write(p)
+	if err == nil {
+		err = w.Close()
+	}
+	c.deflate.Put(w)
+	if err != nil {
+		c.buffers.Put(buf)
+		if errors.Is(err, errIncompressible) {
+			return nil, nil
+		}
+		return nil, err
+	}
+	*buf = dst.b
+	return buf, nil
+}
+
+// limitedBuffer takes at most max bytes.
+type limitedBuffer struct {
+	b   []byte
+	max int
+}
+
+func (l *limitedBuffer) Write(p []byte) (int, error) {
+	if len(p) > l.max-len(l.b) {
+		return 0, errIncompressible
+	}
+	l.b = append(l.b, p...)
+	return len(p), nil
+}
+
+// isZero reports whether p is all zeroes.
+func isZero(p []byte) bool {
+	return len(p) == 0 || p[0] == 0 && bytes.Equal(p[1:], p[:len(p)-1])
+}

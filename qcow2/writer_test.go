@@ -1,0 +1,598 @@
+package qcow2_test
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"qimg/qcow2"
+	"qimg/qcow2/blockdev"
+	"qimg/qcow2/blockdev/oracle"
+)
+
+// extent is a planned guest range.
+type extent struct{ off, n int64 }
+
+func planOf(extents []extent) iter.Seq2[int64, int64] {
+	return func(yield func(int64, int64) bool) {
+		for _, e := range extents {
+			if !yield(e.off, e.n) {
+				return
+			}
+		}
+	}
+}
+
+// model is a disk and the plan it is written by.
+type model struct {
+	bytes   []byte
+	extents []extent
+}
+
+// randomModel makes a disk of ranges of random, repetitive and zero bytes.
+func randomModel(rnd *rand.Rand, size, clusterSize int64) model {
+	m := model{bytes: make([]byte, size)}
+	for off := rnd.Int64N(3 * clusterSize); off < size; {
+		n := min(1+rnd.Int64N(9*clusterSize), size-off)
+		if rnd.IntN(4) == 0 { // up to the end, which need not be that of a cluster
+			n = min(n, clusterSize/2+1)
+		}
+		m.extents = append(m.extents, extent{off, n})
+		fill(rnd, m.bytes[off:off+n], clusterSize)
+		off += n
+		if rnd.IntN(3) > 0 {
+			off += rnd.Int64N(6 * clusterSize)
+		}
+	}
+	return m
+}
+
+func fill(rnd *rand.Rand, p []byte, clusterSize int64) {
+	for len(p) > 0 {
+		part := p[:min(int64(len(p)), 1+rnd.Int64N(2*clusterSize))]
+		switch rnd.IntN(4) {
+		case 0: // zeroes
+		case 1:
+			for i := range part {
+				part[i] = byte(rnd.Uint32())
+			}
+		default:
+			word := fmt.Sprintf("line %d of a text that repeats\n", rnd.IntN(100))
+			for i := range part {
+				part[i] = word[i%len(word)] ^ byte(rnd.IntN(40)/39)
+			}
+		}
+		p = p[len(part):]
+	}
+}
+
+// writeModel writes a model with w from so many goroutines. Without
+// compression the pieces have any alignment.
+func writeModel(t testing.TB, w *qcow2.Writer, m model, clusterSize int64, workers int, rnd *rand.Rand) {
+	t.Helper()
+	var pieces []extent
+	align := w.Granularity()
+	next := int64(0)
+	for _, e := range m.extents {
+		first := max(e.off/align*align, next)
+		end := min((e.off+e.n+align-1)/align*align, int64(len(m.bytes)))
+		for first < end {
+			n := min(1+rnd.Int64N(5*clusterSize), end-first)
+			n = min((n+align-1)/align*align, end-first)
+			pieces = append(pieces, extent{first, n})
+			first += n
+		}
+		next = max(next, end)
+	}
+	if align == 1 {
+		rnd.Shuffle(len(pieces), func(i, j int) { pieces[i], pieces[j] = pieces[j], pieces[i] })
+	}
+	queue := make(chan extent)
+	var group sync.WaitGroup
+	for range workers {
+		group.Go(func() {
+			for e := range queue {
+				if n, err := w.WriteAt(m.bytes[e.off:e.off+e.n], e.off); err != nil || int64(n) != e.n {
+					t.Errorf("write %d at %#x: %d, %v", e.n, e.off, n, err)
+				}
+			}
+		})
+	}
+	for _, e := range pieces {
+		queue <- e
+	}
+	close(queue)
+	group.Wait()
+}
+
+// buildImage makes an image file of a model.
+func buildImage(t testing.TB, path string, m model, opts qcow2.WriterOptions, workers int, seed uint64) {
+	t.Helper()
+	out, err := blockdev.CreateFile(path, &blockdev.CreateOptions{NoSync: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Abort()
+	opts.Extents = planOf(m.extents)
+	w, err := qcow2.NewWriter(out.File(), int64(len(m.bytes)), &opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	writeModel(t, w, m, opts.ClusterSize, workers, rand.New(rand.NewPCG(seed, 1)))
+	if err := w.Finish(); err != nil {
+		t.Fatal(err)
+	}
+	if err := out.Commit(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func writeFile(t testing.TB, path string, b []byte) {
+	t.Helper()
+	if err := os.WriteFile(path, b, 0o666); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func readFile(t testing.TB, path string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// judge has qemu-img check an image and compare it with a raw one.
+func judge(t testing.TB, image, raw string) {
+	t.Helper()
+	if r := oracle.Run(t, "qemu-img", "check", "-f", "qcow2", image); r.Code != 0 {
+		t.Fatalf("qemu-img check: exit %d\n%s%s", r.Code, r.Stdout, r.Stderr)
+	}
+	if r := oracle.Run(t, "qemu-img", "compare", "-f", "raw", "-F", "qcow2", raw, image); r.Code != 0 {
+		t.Fatalf("qemu-img compare: exit %d\n%s%s", r.Code, r.Stdout, r.Stderr)
+	}
+}
+
+func TestWriter(t *testing.T) {
+	oracle.Require(t, "qemu-img")
+	sizes := map[int64]int64{512: 3<<20 + 512, 4096: 5<<20 + 1536, 65536: 20<<20 + 512, 2 << 20: 41<<20 + 512}
+	for clusterSize, size := range sizes {
+		for _, format := range []qcow2.FormatOptions{
+			{Version: 2}, {RefcountBits: 1}, {RefcountBits: 2, LazyRefcounts: true}, {RefcountBits: 4},
+			{RefcountBits: 16}, {RefcountBits: 64}, {ExtendedL2: true},
+		} {
+			for _, mode := range []string{"plain", "zlib", "zstd"} {
+				format, opts := format, qcow2.WriterOptions{}
+				opts.FormatOptions = format
+				opts.ClusterSize = clusterSize
+				opts.Compress = mode != "plain"
+				if mode == "zstd" {
+					opts.Compression = qcow2.CompressionZstd
+				}
+				if format.Version == 2 && mode == "zstd" || format.ExtendedL2 && clusterSize < 16<<10 {
+					continue
+				}
+				name := fmt.Sprintf("%d/v%d-rb%d-x%v/%s", clusterSize, format.Version, format.RefcountBits, format.ExtendedL2, mode)
+				t.Run(name, func(t *testing.T) {
+					dir := t.TempDir()
+					seed := uint64(clusterSize) + uint64(format.RefcountBits)<<32
+					m := randomModel(rand.New(rand.NewPCG(seed, 0)), size, clusterSize)
+					raw, one, four := filepath.Join(dir, "raw"), filepath.Join(dir, "one"), filepath.Join(dir, "four")
+					writeFile(t, raw, m.bytes)
+					buildImage(t, one, m, opts, 1, seed)
+					judge(t, one, raw)
+					buildImage(t, four, m, opts, 4, seed+1)
+					b := readFile(t, one)
+					if !bytes.Equal(b, readFile(t, four)) {
+						t.Error("the image depends on the number of goroutines")
+					}
+					if int64(len(b))%clusterSize != 0 {
+						t.Errorf("file of %d bytes is not a number of clusters", len(b))
+					}
+					if format.Version == 2 {
+						checkV2(t, b)
+					}
+				})
+			}
+		}
+	}
+}
+
+// checkV2 finds what a version 2 image must not have.
+func checkV2(t *testing.T, b []byte) {
+	t.Helper()
+	be := binary.BigEndian
+	if be.Uint32(b[4:]) != 2 {
+		t.Fatalf("version %d", be.Uint32(b[4:]))
+	}
+	if typ := be.Uint32(b[72:]); typ != 0 && typ != 0xe2792aca {
+		t.Errorf("header extension %#x behind 72 bytes", typ)
+	}
+	bits := be.Uint32(b[20:])
+	for i := range uint64(be.Uint32(b[36:])) {
+		l2 := be.Uint64(b[be.Uint64(b[40:])+8*i:]) << 1 >> 1
+		if l2 == 0 {
+			continue
+		}
+		for j := uint64(0); j < 1<<bits; j += 8 {
+			if e := be.Uint64(b[l2+j:]); e>>62&1 == 0 && e&1 != 0 {
+				t.Fatalf("l2 entry at %#x has the zero flag: %#x", l2+j, e)
+			}
+		}
+	}
+}
+
+// A planned cluster of zeroes has to hide the backing file.
+func TestWriterZeroesOverBacking(t *testing.T) {
+	oracle.Require(t, "qemu-img")
+	dir := t.TempDir()
+	base := bytes.Repeat([]byte("base"), 1<<20/4)
+	writeFile(t, filepath.Join(dir, "base.raw"), base)
+	for _, format := range []qcow2.FormatOptions{{Version: 2}, {Version: 3}, {ExtendedL2: true}} {
+		for _, compress := range []bool{false, true} {
+			t.Run(fmt.Sprintf("v%d-x%v-c%v", format.Version, format.ExtendedL2, compress), func(t *testing.T) {
+				opts := qcow2.WriterOptions{FormatOptions: format, Compress: compress}
+				opts.ClusterSize = 64 << 10
+				opts.BackingFile, opts.BackingFormat = "base.raw", "raw"
+				m := model{bytes.Clone(base), []extent{{128 << 10, 192 << 10}}}
+				clear(m.bytes[128<<10 : 256<<10])
+				copy(m.bytes[256<<10:320<<10], bytes.Repeat([]byte("data"), 16<<10))
+				image, raw := filepath.Join(dir, "image"), filepath.Join(dir, "raw")
+				writeFile(t, raw, m.bytes)
+				buildImage(t, image, m, opts, 2, 1)
+				judge(t, image, raw)
+				if format.Version == 2 {
+					checkV2(t, readFile(t, image))
+				}
+			})
+		}
+	}
+}
+
+// sparseFile is a new file as a device, unlinked at the end of the test.
+func sparseFile(t testing.TB) (*blockdev.File, string) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "image")
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o666)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := blockdev.NewFile(f, &blockdev.FileOptions{Write: true, NoLock: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { d.Close() })
+	return d, path
+}
+
+func TestWriterMemory(t *testing.T) {
+	const size, step = 1 << 40, 64 << 20
+	p := bytes.Repeat([]byte("some text"), 64<<10/9+1)[:64<<10]
+	for _, compress := range []bool{false, true} {
+		t.Run(fmt.Sprintf("compress-%v", compress), func(t *testing.T) {
+			d, path := sparseFile(t)
+			opts := qcow2.WriterOptions{Compress: compress, Extents: planOf([]extent{{0, size}})}
+			if compress {
+				opts.Extents = func(yield func(int64, int64) bool) {
+					for off := int64(0); off < size && yield(off, 4096); off += step {
+					}
+				}
+			}
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			w, err := qcow2.NewWriter(d, size, &opts)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for off := int64(0); off < size; off += step {
+				if _, err := w.WriteAt(p, off); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := w.Finish(); err != nil {
+				t.Fatal(err)
+			}
+			runtime.ReadMemStats(&after)
+			if n := after.TotalAlloc - before.TotalAlloc; n > 16<<20 {
+				t.Errorf("%d bytes allocated", n)
+			}
+			if r := oracle.Run(t, "qemu-img", "check", path); r.Code != 0 {
+				t.Errorf("qemu-img check: exit %d\n%s%s", r.Code, r.Stdout, r.Stderr)
+			}
+		})
+	}
+}
+
+func TestWriterCopyRange(t *testing.T) {
+	dir := t.TempDir()
+	m := randomModel(rand.New(rand.NewPCG(1, 2)), 8<<20+512, 4096)
+	raw := filepath.Join(dir, "raw")
+	writeFile(t, raw, m.bytes)
+	src, err := os.Open(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer src.Close()
+	opts := qcow2.WriterOptions{Extents: planOf(m.extents)}
+	opts.ClusterSize = 4096
+	d, path := sparseFile(t)
+	w, err := qcow2.NewWriter(d, int64(len(m.bytes)), &opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range m.extents {
+		n, err := w.CopyRange(e.off, src, e.off, e.n)
+		if errors.Is(err, errors.ErrUnsupported) {
+			t.Skip("no copy by the kernel here")
+		}
+		if err != nil || n != e.n {
+			t.Fatalf("copy %d at %#x: %d, %v", e.n, e.off, n, err)
+		}
+	}
+	if err := w.Finish(); err != nil {
+		t.Fatal(err)
+	}
+	other := filepath.Join(dir, "other")
+	buildImage(t, other, m, opts, 1, 1)
+	if !bytes.Equal(readFile(t, path), readFile(t, other)) {
+		t.Error("CopyRange and WriteAt make different images")
+	}
+	// The source ends before the range does.
+	w, _ = qcow2.NewWriter(blockdevFile(t), 1<<20, &qcow2.WriterOptions{Extents: planOf([]extent{{0, 1 << 20}})})
+	short := filepath.Join(dir, "short")
+	writeFile(t, short, make([]byte, 100<<10))
+	s, err := os.Open(short)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if n, err := w.CopyRange(0, s, 0, 1<<20); n != 100<<10 || err != nil {
+		t.Errorf("copy from a short file: %d, %v", n, err)
+	}
+}
+
+func blockdevFile(t testing.TB) blockdev.Device {
+	d, _ := sparseFile(t)
+	return d
+}
+
+func TestWriterErrors(t *testing.T) {
+	plan := planOf([]extent{{64 << 10, 64 << 10}, {256 << 10, 1}})
+	p := bytes.Repeat([]byte{1}, 64<<10)
+	for _, compress := range []bool{false, true} {
+		open := func() *qcow2.Writer {
+			w, err := qcow2.NewWriter(blockdev.NewMemory(0), 1<<20, &qcow2.WriterOptions{Compress: compress, Extents: plan})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return w
+		}
+		w := open()
+		for _, off := range []int64{-64 << 10, 0, 128 << 10, 1 << 20} {
+			if _, err := w.WriteAt(p, off); !errors.Is(err, qcow2.ErrNotPlanned) {
+				t.Errorf("write at %#x: %v", off, err)
+			}
+			if err := w.WriteZeroes(off, 64<<10); !errors.Is(err, qcow2.ErrNotPlanned) {
+				t.Errorf("write zeroes at %#x: %v", off, err)
+			}
+		}
+		if n, err := w.WriteAt(append(p, p...), 64<<10); n != 64<<10 || !errors.Is(err, qcow2.ErrNotPlanned) {
+			t.Errorf("write over the end of a planned range: %d, %v", n, err)
+		}
+		if _, err := w.CopyRange(0, os.Stdin, 0, 1); compress == errors.Is(err, qcow2.ErrNotPlanned) && !errors.Is(err, errors.ErrUnsupported) {
+			t.Errorf("copy: %v", err)
+		}
+		if compress {
+			if _, err := w.WriteAt(p[:512], 256<<10); err == nil {
+				t.Error("part of a cluster was taken")
+			}
+			if _, err := w.WriteAt(p, 64<<10); err == nil {
+				t.Error("a cluster was taken twice")
+			}
+		}
+		if err := w.Finish(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.WriteAt(p, 64<<10); !errors.Is(err, os.ErrClosed) {
+			t.Errorf("write after Finish: %v", err)
+		}
+		if err := w.Finish(); !errors.Is(err, os.ErrClosed) {
+			t.Errorf("second Finish: %v", err)
+		}
+		w = open()
+		w.Abort()
+		if err := w.Finish(); !errors.Is(err, os.ErrClosed) {
+			t.Errorf("Finish after Abort: %v", err)
+		}
+	}
+	for _, bad := range [][]extent{{{-1, 5}}, {{0, 10}, {5, 10}}, {{0, 1<<20 + 1}}, {{1 << 20, 1}}, {{0, -1}}, {{1 << 62, 1 << 62}}} {
+		if _, err := qcow2.NewWriter(blockdev.NewMemory(0), 1<<20, &qcow2.WriterOptions{Extents: planOf(bad)}); err == nil {
+			t.Errorf("plan %v was taken", bad)
+		}
+	}
+	if _, err := qcow2.NewWriter(blockdev.NewMemory(1<<20), 1<<20, &qcow2.WriterOptions{Extents: planOf([]extent{{0, 1 << 20}})}); err == nil {
+		t.Error("a device that is too small was taken")
+	}
+	many := qcow2.WriterOptions{Extents: planOf([]extent{{0, 100 << 30}})}
+	many.ClusterSize, many.RefcountBits = 512, 64
+	if _, err := qcow2.NewWriter(blockdev.NewMemory(0), 100<<30, &many); !errors.Is(err, qcow2.ErrLimit) {
+		t.Errorf("too large a refcount table: %v", err)
+	}
+}
+
+// What never came stays zero, also where what was behind it has come.
+func TestWriterMissingClusters(t *testing.T) {
+	oracle.Require(t, "qemu-img")
+	for _, compress := range []bool{false, true} {
+		d, path := sparseFile(t)
+		m := model{make([]byte, 1<<20), nil}
+		w, err := qcow2.NewWriter(d, 1<<20, &qcow2.WriterOptions{Compress: compress, Extents: planOf([]extent{{0, 1 << 20}})})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, off := range []int64{192 << 10, 512 << 10, 64 << 10} {
+			p := m.bytes[off : off+64<<10]
+			copy(p, bytes.Repeat([]byte{byte(off >> 16)}, len(p)))
+			if _, err := w.WriteAt(p, off); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := w.Finish(); err != nil {
+			t.Fatal(err)
+		}
+		raw := filepath.Join(t.TempDir(), "raw")
+		writeFile(t, raw, m.bytes)
+		judge(t, path, raw)
+	}
+}
+
+// A goroutine that is far ahead waits; Abort wakes it.
+func TestWriterWaits(t *testing.T) {
+	w, err := qcow2.NewWriter(blockdev.NewMemory(0), 1<<30, &qcow2.WriterOptions{Compress: true, Extents: planOf([]extent{{0, 1 << 30}})})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ahead := make(chan error)
+	go func() {
+		p := bytes.Repeat([]byte{1}, 64<<10)
+		var err error
+		for off := int64(64 << 10); off < 1<<30 && err == nil; off += 64 << 10 {
+			_, err = w.WriteAt(p, off)
+		}
+		ahead <- err
+	}()
+	select {
+	case err := <-ahead:
+		t.Fatalf("1 GiB was kept, error %v", err)
+	case <-time.After(100 * time.Millisecond):
+	}
+	w.Abort()
+	if err := <-ahead; !errors.Is(err, os.ErrClosed) {
+		t.Errorf("after Abort: %v", err)
+	}
+}
+
+// faulty fails every change from the nth on.
+type faulty struct {
+	*blockdev.Memory
+	mu   sync.Mutex
+	left int
+}
+
+var errFault = errors.New("fault")
+
+func (f *faulty) change() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.left--; f.left < 0 {
+		return errFault
+	}
+	return nil
+}
+
+func (f *faulty) WriteAt(p []byte, off int64) (int, error) {
+	if err := f.change(); err != nil {
+		return 0, err
+	}
+	return f.Memory.WriteAt(p, off)
+}
+
+func (f *faulty) Truncate(n int64) error {
+	if err := f.change(); err != nil {
+		return err
+	}
+	return f.Memory.Truncate(n)
+}
+
+// Whatever write fails, there is no image: not even for a caller that goes on
+// and calls Finish.
+func TestWriterFaults(t *testing.T) {
+	oracle.Require(t, "qemu-img")
+	m := randomModel(rand.New(rand.NewPCG(7, 7)), 2<<20, 4096)
+	for _, compress := range []bool{false, true} {
+		for n := 0; ; n++ {
+			d := &faulty{Memory: blockdev.NewMemory(0), left: n}
+			opts := qcow2.WriterOptions{Compress: compress, Extents: planOf(m.extents)}
+			opts.ClusterSize = 4096
+			w, err := qcow2.NewWriter(d, int64(len(m.bytes)), &opts)
+			if err == nil {
+				for _, e := range m.extents {
+					first := e.off / 4096 * 4096
+					w.WriteAt(m.bytes[first:min(int64(len(m.bytes)), (e.off+e.n+4095)/4096*4096)], first)
+				}
+				err = w.Finish()
+			}
+			if err == nil {
+				if n < 4 {
+					t.Errorf("only %d writes", n)
+				}
+				break
+			}
+			if !errors.Is(err, errFault) {
+				t.Fatalf("fault at %d: %v", n, err)
+			}
+			b := make([]byte, d.Size())
+			if _, err := d.ReadAt(b, 0); err != nil && err != io.EOF {
+				t.Fatal(err)
+			}
+			if len(b) > 0 && strings.Trim(string(b[:4096]), "\x00") != "" {
+				t.Fatalf("fault at %d: the header is there", n)
+			}
+			if n < 3 {
+				path := filepath.Join(t.TempDir(), "image")
+				writeFile(t, path, b)
+				if r := oracle.Run(t, "qemu-img", "info", "-f", "qcow2", path); r.Code == 0 {
+					t.Errorf("fault at %d: qemu-img opens it", n)
+				}
+			}
+		}
+	}
+}
+
+// Fixed writes cost nothing beyond the device's.
+func TestWriterAllocs(t *testing.T) {
+	d := blockdev.NewMemory(0)
+	w, err := qcow2.NewWriter(d, 1<<20, &qcow2.WriterOptions{Extents: planOf([]extent{{0, 1 << 20}})})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := make([]byte, 256<<10)
+	w.WriteAt(p, 4096)
+	if n := testing.AllocsPerRun(100, func() { w.WriteAt(p, 4096) }); n != 0 {
+		t.Errorf("%v allocations a write", n)
+	}
+}
+
+func BenchmarkWriterCompress(b *testing.B) {
+	for _, typ := range []qcow2.CompressionType{qcow2.CompressionZlib, qcow2.CompressionZstd} {
+		b.Run(typ.String(), func(b *testing.B) {
+			m := model{make([]byte, 16<<20), []extent{{0, 16 << 20}}}
+			fill(rand.New(rand.NewPCG(1, 1)), m.bytes, 64<<10)
+			b.SetBytes(int64(len(m.bytes)))
+			for b.Loop() {
+				opts := qcow2.WriterOptions{Compress: true, Extents: planOf(m.extents)}
+				opts.ClusterSize, opts.Compression = 64<<10, typ
+				w, err := qcow2.NewWriter(blockdev.NewMemory(0), int64(len(m.bytes)), &opts)
+				if err != nil {
+					b.Fatal(err)
+				}
+				writeModel(b, w, m, 256<<10, 2, rand.New(rand.NewPCG(1, 1)))
+				if err := w.Finish(); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
