@@ -18,6 +18,7 @@ const (
 	maxBitmaps             = 65535
 	maxBitmapDirectorySize = 1024 * maxBitmaps // bytes
 	maxBitmapTableSize     = 0x8000000         // entries; block/qcow2-bitmap.c
+	maxBitmapSize          = 0x20000000        // bytes of the bits of one bitmap
 	maxBitmapNameSize      = 1023
 	minBitmapGranularity   = 9
 	maxBitmapGranularity   = 31

@@ -1,0 +1,218 @@
+package qcow2
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"path/filepath"
+	"strings"
+
+	"qimg/qcow2/blockdev"
+)
+
+// openDataFile sets im.data.
+func (im *Image) openDataFile() error {
+	if im.header.IncompatibleFeatures&IncompatDataFile == 0 {
+		im.data = im.dev
+		return nil
+	}
+	name := im.header.DataFile()
+	switch im.shared.opts.Backing {
+	case BackingIgnore:
+		return nil
+	case BackingRefuse:
+		return fmt.Errorf("qcow2: image names the external data file %q: %w", name, ErrBacking)
+	}
+	if name == "" {
+		return headerError(ErrBacking, "external data file extension", "is missing: the data file has no name")
+	}
+	ref, err := parseReference(name)
+	if err != nil {
+		return err
+	}
+	if ref.format != "" && ref.format != "raw" && ref.format != "file" {
+		return fmt.Errorf("qcow2: external data file %q: format %q, expected raw: %w", name, ref.format, ErrUnsupported)
+	}
+	f, err := im.openReference(ref)
+	if err != nil {
+		return fmt.Errorf("qcow2: external data file: %w", err)
+	}
+	im.data = f
+	im.closers = append(im.closers, f)
+	return nil
+}
+
+// openBacking sets im.backing.
+func (im *Image) openBacking() error {
+	name := im.header.BackingFile
+	if name == "" || im.shared.opts.Backing == BackingIgnore {
+		return nil
+	}
+	if im.shared.opts.Backing == BackingRefuse {
+		return fmt.Errorf("qcow2: image names the backing file %q: %w", name, ErrBacking)
+	}
+	ref, err := parseReference(name)
+	if err != nil {
+		return err
+	}
+	if ref.format == "" {
+		ref.format = im.header.BackingFormat()
+	}
+	f, err := im.openReference(ref)
+	if err != nil {
+		return fmt.Errorf("qcow2: backing file: %w", err)
+	}
+	dev, err := im.shared.openFormat(f, ref.format)
+	if err != nil {
+		f.Close()
+		return fmt.Errorf("qcow2: backing file %s: %w", f.Name(), err)
+	}
+	im.backing = dev
+	im.closers = append(im.closers, f)
+	if c, ok := dev.(io.Closer); ok && dev != blockdev.Reader(f) {
+		im.closers = append(im.closers[:len(im.closers)-1], c, f)
+	}
+	return nil
+}
+
+// openFormat opens a backing file in the format that its overlay names; where
+// it names none the format is that of the magic number, and raw only if there
+// is none, as in QEMU.
+func (s *shared) openFormat(f *blockdev.File, format string) (blockdev.Reader, error) {
+	if format == "" {
+		var err error
+		if format, err = probe(f); err != nil {
+			return nil, err
+		}
+	}
+	switch {
+	case format == "qcow2":
+		return s.open(f)
+	case format == "raw" || format == "file":
+		return f, s.enter(f)
+	case s.opts.OpenFormat != nil:
+		if err := s.enter(f); err != nil {
+			return nil, err
+		}
+		return s.opts.OpenFormat(f, format)
+	}
+	return nil, fmt.Errorf("format %q: %w", format, ErrUnsupported)
+}
+
+// probe names the format of an image by its magic number.
+func probe(f io.ReaderAt) (string, error) {
+	b := make([]byte, 512)
+	if err := readFull(f, b, 0); err != nil {
+		return "", err
+	}
+	for _, m := range []struct {
+		off           int
+		magic, format string
+	}{
+		{0, "QFI\xfb\x00\x00\x00\x01", "qcow"},
+		{0, "QFI\xfb", "qcow2"},
+		{0, "KDMV", "vmdk"},
+		{0, "COWD", "vmdk"},
+		{0, "# Disk Descriptor", "vmdk"},
+		{0x40, "\x7f\x10\xda\xbe", "vdi"},
+		{0, "conectix", "vpc"},
+		{0, "vhdxfile", "vhdx"},
+		{0, "QED\x00", "qed"},
+		{0, "LUKS\xba\xbe", "luks"},
+		{0, "WithoutFreeSpace", "parallels"},
+		{0, "WithouFreSpacExt", "parallels"},
+	} {
+		if strings.HasPrefix(string(b[m.off:]), m.magic) {
+			return m.format, nil
+		}
+	}
+	return "raw", nil
+}
+
+// reference is a file that an image names.
+type reference struct {
+	path   string
+	format string // "" if the name does not say
+	// asIs: a relative path is relative to the working directory, not to the
+	// image. QEMU takes names with a protocol so.
+	asIs bool
+}
+
+// parseReference reads the name of a file as QEMU does: a path, file:PATH, or
+// json:{...} with the options of the drivers raw or qcow2 over file.
+func parseReference(name string) (reference, error) {
+	if s, ok := strings.CutPrefix(name, "json:"); ok {
+		return parseJSONReference(s)
+	}
+	if s, ok := strings.CutPrefix(name, "file:"); ok {
+		return reference{path: s, asIs: true}, nil
+	}
+	if i := strings.IndexAny(name, ":/"); i >= 0 && name[i] == ':' && filepath.VolumeName(name) == "" {
+		return reference{}, fmt.Errorf("qcow2: %q: protocol %q: %w", name, name[:i], ErrUnsupported)
+	}
+	return reference{path: name}, nil
+}
+
+func parseJSONReference(s string) (reference, error) {
+	var options map[string]any
+	if err := json.Unmarshal([]byte(s), &options); err != nil {
+		return reference{}, fmt.Errorf("qcow2: json:%s: %w: %w", s, ErrBacking, err)
+	}
+	flat := make(map[string]string)
+	if err := flatten(flat, "", options); err != nil {
+		return reference{}, fmt.Errorf("qcow2: json:%s: %w", s, err)
+	}
+	r := reference{asIs: true}
+	for key, value := range flat {
+		switch key {
+		case "driver":
+			r.format = value
+		case "filename", "file.filename":
+			r.path = value
+		case "file.driver":
+			if value != "file" {
+				return r, fmt.Errorf("qcow2: json:%s: file driver %q: %w", s, value, ErrUnsupported)
+			}
+		default:
+			return r, fmt.Errorf("qcow2: json:%s: option %q: %w", s, key, ErrUnsupported)
+		}
+	}
+	if r.path == "" {
+		return r, fmt.Errorf("qcow2: json:%s: no file name: %w", s, ErrBacking)
+	}
+	return r, nil
+}
+
+// flatten turns objects in objects into names with dots. The name is short
+// (maxBackingFileSize, maxDataFileSize), so the depth is bounded.
+func flatten(flat map[string]string, prefix string, options map[string]any) error {
+	for key, value := range options {
+		switch v := value.(type) {
+		case string:
+			if _, twice := flat[prefix+key]; twice {
+				return fmt.Errorf("option %q is there twice: %w", prefix+key, ErrBacking)
+			}
+			flat[prefix+key] = v
+		case map[string]any:
+			if err := flatten(flat, prefix+key+".", v); err != nil {
+				return err
+			}
+		default:
+			return fmt.Errorf("option %q: %w", prefix+key, ErrUnsupported)
+		}
+	}
+	return nil
+}
+
+// openReference opens a file that the image names, relative to the folder that
+// the image lies in.
+func (im *Image) openReference(r reference) (*blockdev.File, error) {
+	if !r.asIs && !filepath.IsAbs(r.path) {
+		f, ok := im.dev.(*blockdev.File)
+		if !ok {
+			return nil, fmt.Errorf("%q is relative to an image that is no file: %w", r.path, ErrBacking)
+		}
+		r.path = filepath.Join(filepath.Dir(f.Name()), r.path)
+	}
+	return im.shared.openFile(r.path)
+}

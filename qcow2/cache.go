@@ -1,0 +1,110 @@
+package qcow2
+
+import (
+	"container/list"
+	"sync"
+)
+
+// tableKey names a part of a table: the image in the chain and the offset.
+type tableKey struct {
+	image int
+	off   int64
+}
+
+const cacheShards = 8
+
+// tableCache keeps the parts of tables used last, within a bound of bytes.
+// What it holds is never changed.
+type tableCache struct {
+	shards [cacheShards]cacheShard
+}
+
+type cacheShard struct {
+	mu        sync.Mutex
+	size, max int64
+	items     map[tableKey]*list.Element
+	lru       list.List // of cacheItem, the last used in front
+}
+
+type cacheItem struct {
+	key tableKey
+	b   []byte
+}
+
+func (c *tableCache) init(size int64) {
+	for i := range c.shards {
+		c.shards[i].max = size / cacheShards
+		c.shards[i].items = make(map[tableKey]*list.Element)
+	}
+}
+
+func (c *tableCache) shard(k tableKey) *cacheShard {
+	h := (uint64(k.off) ^ uint64(k.image)) * 0x9e3779b97f4a7c15
+	return &c.shards[h>>32%cacheShards]
+}
+
+func (c *tableCache) get(k tableKey) []byte {
+	s := c.shard(k)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	e := s.items[k]
+	if e == nil {
+		return nil
+	}
+	s.lru.MoveToFront(e)
+	return e.Value.(cacheItem).b
+}
+
+// put adds b, unless another was quicker, and drops what is over the bound; at
+// least the newest item of each shard stays.
+func (c *tableCache) put(k tableKey, b []byte) {
+	s := c.shard(k)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.items[k] != nil {
+		return
+	}
+	s.items[k] = s.lru.PushFront(cacheItem{k, b})
+	s.size += int64(len(b))
+	for s.size > s.max && s.lru.Len() > 1 {
+		old := s.lru.Remove(s.lru.Back()).(cacheItem)
+		delete(s.items, old.key)
+		s.size -= int64(len(old.b))
+	}
+}
+
+// clusterCacheSize is how many decompressed clusters are kept, so that small
+// reads one after the other decompress each cluster once.
+const clusterCacheSize = 4
+
+type clusterKey struct {
+	image int
+	entry uint64
+}
+
+// clusterCache keeps the compressed clusters last read in part. What it holds
+// is never changed.
+type clusterCache struct {
+	mu   sync.Mutex
+	keys [clusterCacheSize]clusterKey
+	data [clusterCacheSize][]byte
+	next int
+}
+
+func (c *clusterCache) get(k clusterKey) []byte {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for i := range c.keys {
+		if c.keys[i] == k && c.data[i] != nil {
+			return c.data[i]
+		}
+	}
+	return nil
+}
+
+func (c *clusterCache) put(k clusterKey, b []byte) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.keys[c.next], c.data[c.next] = k, b
+	c.next = (c.next + 1) % clusterCacheSize
+}

@@ -1,0 +1,292 @@
+package qcow2
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"sync"
+	"sync/atomic"
+
+	"qimg/qcow2/blockdev"
+)
+
+// BackingPolicy says what happens to other files that an image names: its
+// backing file and its external data file.
+type BackingPolicy uint8
+
+const (
+	// BackingFollow opens them, as QEMU does. It is for images that come from
+	// where the names in them can be trusted.
+	BackingFollow BackingPolicy = iota
+	// BackingRefuse makes opening an image that names another file an error
+	// that matches ErrBacking.
+	BackingRefuse
+	// BackingIgnore opens the image by itself, to look at its metadata.
+	// Reading what lies in another file is an error that matches ErrBacking.
+	BackingIgnore
+)
+
+// OpenOptions says how an image is opened. The zero value, and nil, mean: with
+// the lock of a reader, and with all files that the image names.
+type OpenOptions struct {
+	// ForceShare and NoLock are those of blockdev.FileOptions, for all files.
+	ForceShare, NoLock bool
+	// Backing says whether other files are opened.
+	Backing BackingPolicy
+	// Snapshot is the id or the name of a snapshot whose content is read in
+	// place of the active one; an id goes before a name.
+	Snapshot string
+	// CacheSize bounds the L2 tables kept in memory for the whole chain, in
+	// bytes. 0 means 32 MiB.
+	CacheSize int64
+	// OpenFormat, if set, opens backing files of formats other than qcow2 and
+	// raw. It takes over f if it succeeds.
+	OpenFormat func(f *blockdev.File, format string) (blockdev.Reader, error)
+}
+
+const defaultCacheSize = 32 << 20
+
+// Image is a qcow2 image that is read, with its backing chain. It is a
+// blockdev.Reader and blockdev.ExtentReader of what the guest sees.
+//
+// All methods but Close are safe for concurrent use.
+type Image struct {
+	dev     blockdev.Reader // the image file
+	data    blockdev.Reader // where guest clusters lie; nil if it is not opened
+	backing blockdev.Reader // nil if there is none or it is not opened
+	shared  *shared
+	id      int // of this image in the chain
+	closers []io.Closer
+	closed  atomic.Bool
+
+	header    Header
+	geo       geometry
+	size      int64
+	l1        []byte // L1 table as stored, as far as the file goes
+	snapshots []Snapshot
+	snapEnd   int64 // end of the snapshot table, 0 without snapshots
+
+	hole atomic.Pointer[hole] // the last run of empty L1 entries found
+}
+
+// shared is what the images of one chain have in common.
+type shared struct {
+	opts     OpenOptions
+	tables   tableCache
+	clusters clusterCache
+	codecs   sync.Pool
+	files    []os.FileInfo // of the images opened so far
+}
+
+// Open opens an image file for reading, and the files that it names as
+// opts.Backing says. The image may have its dirty or its corrupt bit set.
+func Open(path string, opts *OpenOptions) (*Image, error) {
+	s := newShared(opts)
+	f, err := s.openFile(path)
+	if err != nil {
+		return nil, err
+	}
+	im, err := s.open(f)
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	im.closers = append(im.closers, f)
+	return im, nil
+}
+
+// New opens an image that lies in dev, as Open does. Other files are looked
+// for where dev lies if it is a *blockdev.File, and cannot be opened
+// otherwise. Close does not close dev.
+func New(dev blockdev.Reader, opts *OpenOptions) (*Image, error) {
+	return newShared(opts).open(dev)
+}
+
+func newShared(opts *OpenOptions) *shared {
+	s := &shared{}
+	if opts != nil {
+		s.opts = *opts
+	}
+	if s.opts.CacheSize <= 0 {
+		s.opts.CacheSize = defaultCacheSize
+	}
+	s.tables.init(s.opts.CacheSize)
+	s.codecs.New = func() any { return &codec{} }
+	return s
+}
+
+func (s *shared) openFile(path string) (*blockdev.File, error) {
+	return blockdev.OpenFile(path, &blockdev.FileOptions{ForceShare: s.opts.ForceShare, NoLock: s.opts.NoLock})
+}
+
+// open opens the next image of the chain. On error it closes what it opened,
+// not dev.
+func (s *shared) open(dev blockdev.Reader) (*Image, error) {
+	im := &Image{dev: dev, shared: s, id: len(s.files)}
+	if err := s.enter(dev); err != nil {
+		return nil, err
+	}
+	if err := im.readHeader(); err != nil {
+		return nil, err
+	}
+	var err error
+	if im.snapshots, im.snapEnd, err = readSnapshots(dev, &im.header); err != nil {
+		return nil, err
+	}
+	l1Off, l1Size := im.header.L1TableOffset, im.header.L1Size
+	if im.id == 0 && s.opts.Snapshot != "" {
+		sn, err := findSnapshot(im.snapshots, s.opts.Snapshot)
+		if err != nil {
+			return nil, err
+		}
+		if err := im.useSnapshot(sn); err != nil {
+			return nil, err
+		}
+		l1Off, l1Size = sn.L1TableOffset, sn.L1Size
+	}
+	if im.l1, err = readTable(dev, int64(l1Off), int64(l1Size)*l1EntrySize); err != nil {
+		return nil, fmt.Errorf("qcow2: l1 table at %#x: %w", l1Off, err)
+	}
+	if err = im.openDataFile(); err == nil {
+		err = im.openBacking()
+	}
+	if err != nil {
+		im.closeAll()
+		return nil, err
+	}
+	return im, nil
+}
+
+// enter notes the file of an image and refuses one that is in the chain
+// already.
+func (s *shared) enter(dev blockdev.Reader) error {
+	if len(s.files) >= maxChain {
+		return fmt.Errorf("qcow2: backing chain of more than %d images: %w", maxChain, ErrLimit)
+	}
+	var info os.FileInfo
+	if f, ok := dev.(*blockdev.File); ok {
+		var err error
+		if info, err = f.OS().Stat(); err != nil {
+			return err
+		}
+		for _, other := range s.files {
+			if other != nil && os.SameFile(info, other) {
+				return fmt.Errorf("qcow2: backing chain is a loop: %s is its own backing file: %w", f.Name(), ErrCorrupt)
+			}
+		}
+	}
+	s.files = append(s.files, info)
+	return nil
+}
+
+func (im *Image) readHeader() error {
+	prefix := make([]byte, headerSizeV2)
+	if err := readFull(im.dev, prefix, 0); err != nil {
+		return fmt.Errorf("qcow2: header: %w", err)
+	}
+	h, err := parsePrefix(prefix)
+	if err != nil {
+		return err
+	}
+	b, err := readTable(im.dev, 0, h.ClusterSize())
+	if err != nil {
+		return fmt.Errorf("qcow2: header: %w", err)
+	}
+	if im.header, err = parseHeader(b); err != nil {
+		return err
+	}
+	im.geo = im.header.geometry()
+	// The guest sees whole sectors; parseHeader bounds Size by the L1 table.
+	im.size = int64(im.header.Size) &^ 511
+	return nil
+}
+
+func (im *Image) useSnapshot(sn *Snapshot) error {
+	off := int64(-1)
+	if sn.L1Size > maxL1Size/l1EntrySize {
+		return &FormatError{"snapshot " + sn.ID, off, "l1_size", fmt.Sprintf("%d, expected at most %d", sn.L1Size, maxL1Size/l1EntrySize), ErrLimit}
+	}
+	if im.geo.inCluster(sn.L1TableOffset) != 0 || sn.L1TableOffset > math.MaxInt64-maxL1Size {
+		return &FormatError{"snapshot " + sn.ID, off, "l1_table_offset", fmt.Sprintf("%#x not aligned to %#x or too large", sn.L1TableOffset, im.geo.clusterSize), ErrCorrupt}
+	}
+	if n := im.geo.l1Entries(sn.DiskSize); n > uint64(sn.L1Size) {
+		return &FormatError{"snapshot " + sn.ID, off, "l1_size", fmt.Sprintf("%d, expected %d at least for a size of %d", sn.L1Size, n, sn.DiskSize), ErrCorrupt}
+	}
+	im.size = int64(sn.DiskSize) &^ 511
+	return nil
+}
+
+// Size returns the virtual size in bytes, a multiple of 512: that of the
+// snapshot if one is read.
+func (im *Image) Size() int64 { return im.size }
+
+// Header returns the header. Its slices are shared and not to be changed.
+func (im *Image) Header() Header { return im.header }
+
+// Snapshots returns the snapshot table. It is shared and not to be changed.
+func (im *Image) Snapshots() []Snapshot { return im.snapshots }
+
+// Backing returns the backing file as it was opened, an *Image if it is qcow2;
+// nil if there is none or it was not opened.
+func (im *Image) Backing() blockdev.Reader { return im.backing }
+
+// Close closes all files that were opened for the image. Reading afterwards is
+// an error that matches os.ErrClosed.
+func (im *Image) Close() error {
+	if im.closed.Swap(true) {
+		return fmt.Errorf("qcow2: close: %w", os.ErrClosed)
+	}
+	return im.closeAll()
+}
+
+func (im *Image) closeAll() error {
+	var errs []error
+	for _, c := range im.closers {
+		errs = append(errs, c.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// readable tells whether guest data can be read.
+func (im *Image) readable() error {
+	if im.closed.Load() {
+		return fmt.Errorf("qcow2: read: %w", os.ErrClosed)
+	}
+	if m := im.header.CryptMethod; m != CryptNone {
+		return fmt.Errorf("qcow2: crypt_method %s: %w", m, ErrEncrypted)
+	}
+	return nil
+}
+
+// l1Entry returns an entry of the L1 table in use; what lies beyond the end of
+// the file is 0.
+func (im *Image) l1Entry(i int64) uint64 {
+	if i >= int64(len(im.l1)/l1EntrySize) {
+		return 0
+	}
+	return binary.BigEndian.Uint64(im.l1[i*l1EntrySize:])
+}
+
+// readFull fills p from off. What lies beyond the end of the device is zeroes,
+// as QEMU reads it.
+func readFull(dev io.ReaderAt, p []byte, off int64) error {
+	n, err := dev.ReadAt(p, off)
+	if n == len(p) {
+		return nil
+	}
+	if err != nil && err != io.EOF {
+		return err
+	}
+	clear(p[n:])
+	return nil
+}
+
+// readTable returns n bytes at off, or fewer if the device ends before; the
+// caller counts the rest as zeroes. It allocates no more than the device has.
+func readTable(dev blockdev.Reader, off, n int64) ([]byte, error) {
+	b := make([]byte, max(0, min(n, dev.Size()-off)))
+	return b, readFull(dev, b, off)
+}
