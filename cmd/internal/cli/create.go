@@ -1,0 +1,398 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"qimg/qcow2"
+	"qimg/qcow2/blockdev"
+)
+
+type createOptions struct {
+	format        string
+	backing       string
+	backingFormat string
+	options       []string
+	noOpen        bool
+	quiet         bool
+}
+
+func newCreate(host Host) *cobra.Command {
+	o := createOptions{}
+	cmd := &cobra.Command{
+		Use:   "create [-f FORMAT] [-b BACKING -F FORMAT] [-o OPTIONS] FILE [SIZE]",
+		Short: "Make an empty image",
+		Example: "  qimg create -f qcow2 disk.qcow2 10G\n" +
+			"  qimg create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return runCreate(cmd.Context(), host, &o, args)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVarP(&o.format, "format", "f", "raw", "format of the new image: raw or qcow2")
+	f.StringVarP(&o.backing, "backing", "b", "", "backing file: what the new image does not hold is read from it")
+	f.StringVarP(&o.backingFormat, "backing-format", "F", "", "format of the backing file")
+	f.StringArrayVarP(&o.options, "options", "o", nil, "options of the format, as NAME=VALUE,...; help lists them")
+	f.BoolVarP(&o.noOpen, "unsafe", "u", false, "do not look at the backing file")
+	f.BoolVarP(&o.quiet, "quiet", "q", false, "print nothing")
+	return cmd
+}
+
+// noSize is the size of an image when none was given.
+const noSize = math.MaxUint64
+
+func runCreate(ctx context.Context, host Host, o *createOptions, args []string) error {
+	list, err := joinOptions(o.options)
+	if err != nil {
+		return err
+	}
+	if wantsHelp(list) {
+		return createHelp(host, o.format, len(args) > 0)
+	}
+	if len(args) == 0 {
+		return usagef("Expecting image file name")
+	}
+	size := uint64(noSize)
+	if len(args) > 1 {
+		n, err := sizeArg("image size", args[1])
+		if err != nil {
+			return err
+		}
+		size = uint64(n)
+	}
+	if len(args) > 2 {
+		return usagef("Unexpected argument: %s", args[2])
+	}
+	if err := create(ctx, host, o, list, args[0], size); err != nil {
+		return prefixed(args[0], err)
+	}
+	return nil
+}
+
+// prefixed puts the name of a file before a message, and keeps its hint.
+func prefixed(name string, err error) error {
+	var cmd *cmdError
+	if errors.As(err, &cmd) {
+		return withHint(fmt.Errorf("%s: %w", name, cmd.err), cmd.hint)
+	}
+	return fmt.Errorf("%s: %w", name, err)
+}
+
+func createHelp(host Host, format string, withFile bool) error {
+	descs, err := formatOptions(format)
+	if err != nil {
+		return err
+	}
+	if withFile {
+		printOptionHelp(host.Out, "Supported options", append(descs, fileOptions(descs)...))
+		return nil
+	}
+	printOptionHelp(host.Out, "Supported "+format+" options", descs)
+	fmt.Fprint(host.Out, "\nThe protocol level may support further options.\n"+
+		"Specify the target filename to include those options.\n")
+	return nil
+}
+
+// formatOptions are the options of a format.
+func formatOptions(format string) ([]optionDesc, error) {
+	size := optionDesc{"size", sizeOption, "Virtual disk size", ""}
+	switch format {
+	case "raw":
+		return []optionDesc{size}, nil
+	case "qcow2":
+		return []optionDesc{
+			{"cluster_size", sizeOption, "qcow2 cluster size", "65536"},
+			{"extended_l2", boolOption, "Extended L2 tables", "off"},
+			{"preallocation", stringOption, "Preallocation mode (allowed values: off, metadata, falloc, full)", ""},
+			{"compression_type", stringOption, "Compression method used for image cluster compression", "zlib"},
+			size,
+			{"compat", stringOption, "Compatibility level (v2 [0.10] or v3 [1.1])", ""},
+			{"backing_file", stringOption, "File name of a base image", ""},
+			{"backing_fmt", stringOption, "Image format of the base image", ""},
+			{"data_file", stringOption, "File name of an external data file", ""},
+			{"data_file_raw", boolOption, "The external data file must stay valid as a raw image", ""},
+			{"lazy_refcounts", boolOption, "Postpone refcount updates", "off"},
+			{"refcount_bits", numberOption, "Width of a reference count entry in bits", "16"},
+		}, nil
+	}
+	return nil, fmt.Errorf("Unknown file format '%s'", format)
+}
+
+// fileOptions are the options of the file that an image lies in, without
+// those that the format has. nocow and extent_size_hint are advice to single
+// file systems; they are taken and not passed on.
+func fileOptions(format []optionDesc) []optionDesc {
+	all := []optionDesc{
+		{"nocow", boolOption, "Turn off copy-on-write (valid only on btrfs)", ""},
+		{"preallocation", stringOption, "Preallocation mode (allowed values: off, falloc, full)", ""},
+		{"extent_size_hint", sizeOption, "Extent size hint for the image file, 0 to disable", ""},
+	}
+	var out []optionDesc
+	for _, d := range all {
+		if newOptionList(format).index(d.name) < 0 {
+			out = append(out, d)
+		}
+	}
+	return out
+}
+
+func create(ctx context.Context, host Host, o *createOptions, list, name string, size uint64) error {
+	descs, err := formatOptions(o.format)
+	if err != nil {
+		return err
+	}
+	path, err := localPath(name)
+	if err != nil {
+		return err
+	}
+	opts := newOptionList(append(descs, fileOptions(descs)...))
+	if err := opts.parse(list); err != nil {
+		return err
+	}
+	if opts.has("size") && size != noSize {
+		return errors.New("The image size must be specified only once")
+	}
+	if size != noSize {
+		opts.values["size"] = strconv.FormatUint(size, 10)
+	}
+	if o.backing != "" && opts.set("backing_file", o.backing) != nil {
+		return fmt.Errorf("Backing file not supported for file format '%s'", o.format)
+	}
+	if o.backingFormat != "" && opts.set("backing_fmt", o.backingFormat) != nil {
+		return fmt.Errorf("Backing file format not supported for file format '%s'", o.format)
+	}
+	if backing := opts.str("backing_file"); opts.has("backing_file") {
+		if err := checkBacking(name, backing, o, opts); err != nil {
+			return err
+		}
+	}
+	if !opts.has("size") {
+		return errors.New("Image creation needs a size parameter")
+	}
+	if !o.quiet {
+		fmt.Fprintf(host.Out, "Formatting '%s', fmt=%s %s\n", name, o.format, opts)
+	}
+	if opts.uint("size") > math.MaxInt64 {
+		return fmt.Errorf("The image size is too large for file format '%s'", o.format)
+	}
+	if o.format == "raw" {
+		return createRaw(ctx, path, opts)
+	}
+	return createQcow2(ctx, path, opts)
+}
+
+// checkBacking looks at the backing file: it has to be there, and gives its
+// size to an image that has none.
+func checkBacking(name, backing string, o *createOptions, opts *optionList) error {
+	switch {
+	case backing == name:
+		return errors.New("Error: Trying to create an image with the same filename as the backing file")
+	case backing == "":
+		return errors.New("Expected backing file name, got empty string")
+	}
+	format := opts.str("backing_fmt")
+	if o.noOpen {
+		if format == "" {
+			return errors.New("Backing file specified without backing format")
+		}
+		return nil
+	}
+	full := combinePath(name, backing)
+	img, err := openImage(full, &openOptions{format: format, forceShare: true})
+	if err != nil {
+		return withHint(err, "Could not open backing image.\n")
+	}
+	defer img.close()
+	if format == "" {
+		return withHint(errors.New("Backing file specified without backing format"),
+			fmt.Sprintf("Detected format of %s.", img.format))
+	}
+	if !opts.has("size") {
+		opts.values["size"] = strconv.FormatInt(img.size(), 10)
+	}
+	return nil
+}
+
+// newFile begins a new file, with the errors in qemu-img's words.
+func newFile(path string) (*blockdev.Output, error) {
+	out, err := blockdev.CreateFile(path, nil)
+	var lock *blockdev.LockError
+	var errno syscall.Errno
+	switch {
+	case errors.As(err, &lock):
+		return nil, withHint(errors.New(lock.Reason()), lockHint(path))
+	case errors.As(err, &errno):
+		return nil, fmt.Errorf("Could not create '%s': %s", path, strerror(errno))
+	}
+	return out, err
+}
+
+func createRaw(ctx context.Context, path string, opts *optionList) error {
+	mode := opts.str("preallocation")
+	if mode != "" && mode != "off" && mode != "falloc" && mode != "full" {
+		return fmt.Errorf("invalid parameter value: %s", mode)
+	}
+	out, err := newFile(path)
+	if err != nil {
+		return err
+	}
+	defer out.Abort()
+	size := int64(opts.uint("size")+511) &^ 511
+	if err := out.File().Truncate(size); err != nil {
+		return err
+	}
+	if mode == "falloc" || mode == "full" {
+		if err := writeZeroes(ctx, out.File(), 0, size); err != nil {
+			return err
+		}
+	}
+	return out.Commit()
+}
+
+func createQcow2(ctx context.Context, path string, opts *optionList) (err error) {
+	co, err := qcow2Options(opts)
+	if err != nil {
+		return err
+	}
+	out, err := newFile(path)
+	if err != nil {
+		return err
+	}
+	defer out.Abort()
+	var data *blockdev.Output
+	if co.DataFile != "" {
+		name, err := localPath(co.DataFile)
+		if err != nil {
+			return err
+		}
+		if data, err = newFile(name); err != nil {
+			return err
+		}
+		defer data.Abort()
+		co.Data = data.File()
+	}
+	if err := qcow2.Create(ctx, out.File(), int64(opts.uint("size")), co); err != nil {
+		return err
+	}
+	if data != nil {
+		if err := data.Commit(); err != nil {
+			return err
+		}
+	}
+	return out.Commit()
+}
+
+// qcow2Options turns -o into the options of a new image.
+func qcow2Options(opts *optionList) (*qcow2.CreateOptions, error) {
+	fo := &qcow2.CreateOptions{DataFile: opts.str("data_file"), DataFileRaw: opts.bool("data_file_raw")}
+	fo.FormatOptions = qcow2.FormatOptions{
+		ExtendedL2:    opts.bool("extended_l2"),
+		LazyRefcounts: opts.bool("lazy_refcounts"),
+		BackingFile:   opts.str("backing_file"),
+		BackingFormat: opts.str("backing_fmt"),
+		ClusterSize:   int64(min(opts.uint("cluster_size"), math.MaxInt64)),
+		RefcountBits:  int(min(opts.uint("refcount_bits"), math.MaxInt32)),
+	}
+	if fo.ClusterSize == 0 {
+		fo.ClusterSize = -1 // zero is not the default here
+	}
+	if fo.RefcountBits == 0 {
+		fo.RefcountBits = -1
+	}
+	var ok bool
+	if fo.Version, ok = parseCompat(opts.str("compat")); !ok {
+		return nil, fmt.Errorf("Parameter 'version' does not accept value '%s'", opts.str("compat"))
+	}
+	if fo.Compression, ok = parseCompression(opts.str("compression_type")); !ok {
+		return nil, fmt.Errorf("Parameter 'compression-type' does not accept value '%s'", opts.str("compression_type"))
+	}
+	mode := opts.str("preallocation")
+	if fo.Preallocation, ok = parsePreallocation(mode); !ok {
+		return nil, fmt.Errorf("Parameter 'preallocation' does not accept value '%s'", mode)
+	}
+	if f := fo.BackingFormat; f != "" && f != "raw" && f != "qcow2" {
+		return nil, fmt.Errorf("Parameter 'backing-fmt' does not accept value '%s'", f)
+	}
+	return fo, nil
+}
+
+// parseCompat reads a compatibility level; "" is the newest.
+func parseCompat(s string) (version int, ok bool) {
+	switch s {
+	case "0.10", "v2":
+		return 2, true
+	case "1.1", "v3", "":
+		return 3, true
+	}
+	return 0, false
+}
+
+func parsePreallocation(s string) (qcow2.Preallocation, bool) {
+	for p := qcow2.PreallocationOff; p <= qcow2.PreallocationFull; p++ {
+		if s == p.String() {
+			return p, true
+		}
+	}
+	return qcow2.PreallocationOff, s == ""
+}
+
+func parseCompression(s string) (qcow2.CompressionType, bool) {
+	switch s {
+	case "zlib":
+		return qcow2.CompressionZlib, true
+	case "zstd":
+		return qcow2.CompressionZstd, true
+	}
+	return 0, false
+}
+
+// writeZeroes writes zeroes where a WriteZeroes might leave a hole, so that
+// the space is taken.
+func writeZeroes(ctx context.Context, d io.WriterAt, off, n int64) error {
+	buf := make([]byte, 1<<20)
+	for n > 0 {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		k, err := d.WriteAt(buf[:min(n, int64(len(buf)))], off)
+		if err != nil {
+			return err
+		}
+		off, n = off+int64(k), n-int64(k)
+	}
+	return nil
+}
+
+// localPath returns the path that a name of an image means. A prefix up to a
+// colon names a protocol, of which there is "file" alone.
+func localPath(name string) (string, error) {
+	proto, ok := protocol(name)
+	if !ok {
+		return name, nil
+	}
+	if proto != "file" {
+		return "", fmt.Errorf("Unknown protocol '%s'", proto)
+	}
+	return strings.TrimPrefix(name, "file:"), nil
+}
+
+// protocol returns what stands before a colon in front of the first separator.
+func protocol(name string) (string, bool) {
+	if os.PathSeparator == '\\' && len(name) > 1 && name[1] == ':' {
+		return "", false // a drive
+	}
+	i := strings.IndexAny(name, ":/")
+	if i < 0 || name[i] != ':' || os.PathSeparator == '\\' && strings.ContainsRune(name[:i], '\\') {
+		return "", false
+	}
+	return name[:i], true
+}

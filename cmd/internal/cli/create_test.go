@@ -1,0 +1,123 @@
+package cli_test
+
+import (
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"qimg/qcow2/blockdev/oracle"
+)
+
+// TestCreate makes the same image with qemu-img and with qimg: the same is
+// printed, and qemu-img says the same of both.
+func TestCreate(t *testing.T) {
+	oracle.Require(t, "qemu-img")
+	t.Chdir(t.TempDir())
+	oracle.MustRun(t, "qemu-img", "create", "-f", "qcow2", "base.qcow2", "3M")
+	writeFile(t, "base.raw", strings.Repeat("raw ", 5000))
+	if err := os.Mkdir("sub", 0o777); err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{
+		"-f raw x 1M",
+		"x 1001",
+		"-f raw -o size=1M x",
+		"-f raw -o preallocation=full x 1M",
+		"-f raw -o nocow=off,extent_size_hint=1M x 4k",
+		"-f qcow2 x 0",
+		"-f qcow2 x 1000",
+		"-fqcow2 x 10G",
+		"-f qcow2 -q x 10G",
+		"-qf qcow2 x 10G",
+		"x -f qcow2 10G",
+		"-f qcow2 -o compat=0.10 x 64M",
+		"-f qcow2 -o compat=v3 x 64M",
+		"-f qcow2 -o cluster_size=512 x 64M",
+		"-f qcow2 -o cluster_size=2M x 1T",
+		"-f qcow2 -o cluster_size=4k -o refcount_bits=1 x 64M",
+		"-f qcow2 -o refcount_bits=64,lazy_refcounts=on x 64M",
+		"-f qcow2 -o extended_l2 x 64M",
+		"-f qcow2 -o noextended_l2 x 64M",
+		"-f qcow2 -o extended_l2=on,cluster_size=128k x 64M",
+		"-f qcow2 -o compression_type=zstd x 64M",
+		"-f qcow2 -o preallocation=off x 4M",
+		"-f qcow2 -o preallocation=metadata x 4M",
+		"-f qcow2 -o preallocation=falloc x 4M",
+		"-f qcow2 -o preallocation=full x 4M",
+		"-f qcow2 -o data_file=data x 4M",
+		"-f qcow2 -o data_file=data,data_file_raw=on x 4M",
+		"-f qcow2 -b base.qcow2 -F qcow2 x",
+		"-f qcow2 -b base.qcow2 -F qcow2 x 8M",
+		"-f qcow2 -b base.raw -F raw x",
+		"-f qcow2 -o backing_file=base.raw,backing_fmt=raw x",
+		"-f qcow2 -b ../base.qcow2 -F qcow2 sub/x",
+		"-f qcow2 -u -b nope -F qcow2 x 1M",
+		"-f qcow2 -u -b a,b -F qcow2 x 1M",
+	} {
+		args := append([]string{"create"}, strings.Fields(line)...)
+		file := "x"
+		if strings.Contains(line, "sub/x") {
+			file = "sub/x"
+		}
+		want := oracle.Run(t, "qemu-img", args...)
+		if want.Code != 0 {
+			t.Fatalf("%s: %s", line, want.Stderr)
+		}
+		wantInfo := oracle.Run(t, "qemu-img", "info", file)
+		os.Remove(file)
+		os.Remove("data")
+		if diff := cmp.Diff(want, run(t, args...)); diff != "" {
+			t.Errorf("%s: -qemu-img +qimg\n%s", line, diff)
+			continue
+		}
+		gotInfo := oracle.Run(t, "qemu-img", "info", file)
+		if diff := cmp.Diff(withoutDiskSize(wantInfo), withoutDiskSize(gotInfo)); diff != "" {
+			t.Errorf("%s: info: -qemu-img +qimg\n%s", line, diff)
+		}
+		if strings.Contains(line, "qcow2 ") && !strings.Contains(line, "nope") && !strings.Contains(line, "a,b") {
+			oracle.MustRun(t, "qemu-img", "check", "-f", "qcow2", file)
+		}
+		os.Remove(file)
+		os.Remove("data")
+	}
+}
+
+// TestCreateReplaces makes an image over an older file: by rename, not by
+// writing into it.
+func TestCreateReplaces(t *testing.T) {
+	t.Chdir(t.TempDir())
+	writeFile(t, "x", "old")
+	if err := os.Link("x", "other"); err != nil {
+		t.Fatal(err)
+	}
+	mustRun(t, "create", "-f", "qcow2", "x", "1M")
+	if b, err := os.ReadFile("other"); err != nil || string(b) != "old" {
+		t.Errorf("the older file was written to: %q, %v", b, err)
+	}
+	if r := run(t, "create", "-f", "qcow2", "-o", "refcount_bits=3", "x", "1M"); r.Code != 1 {
+		t.Errorf("exit %d", r.Code)
+	}
+	if !strings.Contains(mustRun(t, "info", "x"), "file format: qcow2") {
+		t.Error("a failed create touched the older image")
+	}
+}
+
+// TestCreateHelp compares the list of options. Encryption is not offered.
+func TestCreateHelp(t *testing.T) {
+	for _, line := range []string{"-f qcow2 -o help", "-f qcow2 -o help x", "-o help", "-o size=1,help x", "-f foo -o help"} {
+		args := append([]string{"create"}, strings.Fields(line)...)
+		want := oracle.Run(t, "qemu-img", args...)
+		var lines []string
+		for l := range strings.Lines(want.Stdout) {
+			if !strings.HasPrefix(l, "  encrypt") {
+				lines = append(lines, l)
+			}
+		}
+		want.Stdout = strings.Join(lines, "")
+		if diff := cmp.Diff(want, run(t, args...)); diff != "" {
+			t.Errorf("%s: -qemu-img +qimg\n%s", line, diff)
+		}
+	}
+}

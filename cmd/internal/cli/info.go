@@ -1,0 +1,311 @@
+package cli
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"qimg/qcow2"
+)
+
+type infoOptions struct {
+	format     string
+	output     string
+	chain      bool
+	forceShare bool
+}
+
+func newInfo(host Host) *cobra.Command {
+	o := infoOptions{}
+	cmd := &cobra.Command{
+		Use:   "info [-f FORMAT] [--output=human|json] [--backing-chain] FILE",
+		Short: "Tell what an image is",
+		RunE: func(_ *cobra.Command, args []string) error {
+			return runInfo(host, &o, args)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVarP(&o.format, "format", "f", "", "format of the image: raw or qcow2 (default: found by its first bytes)")
+	f.StringVar(&o.output, "output", "human", "human or json")
+	f.BoolVar(&o.chain, "backing-chain", false, "tell about the backing files too")
+	f.BoolVarP(&o.forceShare, "force-share", "U", false, "look at an image that a running machine uses")
+	return cmd
+}
+
+// checkOutput checks the value of --output.
+func checkOutput(output string) error {
+	if output != "human" && output != "json" {
+		return fmt.Errorf("--output must be used with human or json as argument.")
+	}
+	return nil
+}
+
+func runInfo(host Host, o *infoOptions, args []string) error {
+	if len(args) != 1 {
+		return usagef("Expecting one image file name")
+	}
+	if err := checkOutput(o.output); err != nil {
+		return err
+	}
+	var infos []*imageInfo
+	seen := map[string]bool{}
+	for name, format := args[0], o.format; name != ""; {
+		if seen[name] {
+			return fmt.Errorf("Backing file '%s' creates an infinite loop.", name)
+		}
+		seen[name] = true
+		info, err := queryInfo(name, &openOptions{format: format, forceShare: o.forceShare})
+		if err != nil {
+			return couldNotOpen(name, err)
+		}
+		infos = append(infos, info)
+		if !o.chain {
+			break
+		}
+		name, format = info.fullBacking, info.backingFormat
+	}
+	if o.output == "human" {
+		for i, info := range infos {
+			if i > 0 {
+				fmt.Fprintln(host.Out)
+			}
+			info.print(host.Out)
+		}
+		return nil
+	}
+	var v any = infos[0].json()
+	if o.chain {
+		list := []any{}
+		for _, info := range infos {
+			list = append(list, info.json())
+		}
+		v = list
+	}
+	_, err := io.WriteString(host.Out, prettyJSON(v))
+	return err
+}
+
+// imageInfo is what info tells about one image.
+type imageInfo struct {
+	name, format  string
+	size          int64
+	allocated     int64 // bytes on the disk
+	clusterSize   int64 // 0: none
+	encrypted     bool
+	dirty         bool
+	backing       string // as stored; "": none
+	fullBacking   string
+	backingFormat string
+	snapshots     []qcow2.Snapshot
+	specific      object // of the format; nil: none
+}
+
+func queryInfo(name string, o *openOptions) (*imageInfo, error) {
+	img, err := openImage(name, o)
+	if err != nil {
+		return nil, err
+	}
+	defer img.close()
+	info := &imageInfo{name: img.name, format: img.format, size: img.size()}
+	if info.allocated, err = allocated(img.file.OS()); err != nil {
+		return nil, err
+	}
+	if img.qcow2 == nil {
+		return info, nil
+	}
+	h := img.qcow2.Header()
+	info.clusterSize = h.ClusterSize()
+	info.encrypted = h.CryptMethod != qcow2.CryptNone
+	info.dirty = h.IncompatibleFeatures&qcow2.IncompatDirty != 0
+	if h.BackingFile != "" {
+		info.backing = h.BackingFile
+		info.fullBacking = combinePath(img.name, h.BackingFile)
+		info.backingFormat = h.BackingFormat()
+	}
+	info.snapshots = img.qcow2.Snapshots()
+	info.specific, err = qcow2Specific(img.qcow2, &h)
+	return info, err
+}
+
+// qcow2Specific is what qemu-img tells of qcow2 alone, in its order.
+func qcow2Specific(img *qcow2.Image, h *qcow2.Header) (object, error) {
+	v3 := h.Version >= 3
+	o := object{}
+	if v3 {
+		o.add("compat", "1.1")
+	} else {
+		o.add("compat", "0.10")
+	}
+	o.add("compression-type", h.CompressionType.String())
+	if v3 {
+		o.add("lazy-refcounts", h.CompatibleFeatures&qcow2.CompatLazyRefcounts != 0)
+	}
+	bitmaps, err := img.Bitmaps()
+	if err != nil {
+		return nil, err
+	}
+	if len(bitmaps) > 0 {
+		o.add("bitmaps", bitmapList(bitmaps))
+	}
+	o.add("refcount-bits", int64(1)<<h.RefcountOrder)
+	if name := h.DataFile(); name != "" {
+		o.add("data-file", name)
+	}
+	switch h.CryptMethod {
+	case qcow2.CryptAES:
+		o.add("encrypt", object{{"format", "aes"}})
+	case qcow2.CryptLUKS:
+		o.add("encrypt", object{{"format", "luks"}})
+	}
+	if h.IncompatibleFeatures&qcow2.IncompatDataFile != 0 {
+		o.add("data-file-raw", h.AutoclearFeatures&qcow2.AutoclearDataFileRaw != 0)
+	}
+	if v3 {
+		o.add("corrupt", h.IncompatibleFeatures&qcow2.IncompatCorrupt != 0)
+		o.add("extended-l2", h.IncompatibleFeatures&qcow2.IncompatExtendedL2 != 0)
+	}
+	return o, nil
+}
+
+func bitmapList(bitmaps []qcow2.Bitmap) []any {
+	list := []any{}
+	for _, b := range bitmaps {
+		flags := []any{}
+		if b.Flags&qcow2.BitmapInUse != 0 {
+			flags = append(flags, "in-use")
+		}
+		if b.Flags&qcow2.BitmapAuto != 0 {
+			flags = append(flags, "auto")
+		}
+		list = append(list, object{{"flags", flags}, {"name", b.Name}, {"granularity", int64(1) << b.GranularityBits}})
+	}
+	return list
+}
+
+func (i *imageInfo) json() object {
+	o := object{}
+	if i.backingFormat != "" {
+		o.add("backing-filename-format", i.backingFormat)
+	}
+	if len(i.snapshots) > 0 {
+		list := []any{}
+		for n := range i.snapshots {
+			list = append(list, snapshotJSON(&i.snapshots[n]))
+		}
+		o.add("snapshots", list)
+	}
+	o.add("virtual-size", i.size)
+	o.add("filename", i.name)
+	if i.clusterSize > 0 {
+		o.add("cluster-size", i.clusterSize)
+	}
+	o.add("format", i.format)
+	o.add("actual-size", i.allocated)
+	if i.specific != nil {
+		o.add("format-specific", object{{"type", i.format}, {"data", i.specific}})
+	}
+	if i.backing != "" {
+		o.add("full-backing-filename", i.fullBacking)
+	}
+	if i.encrypted {
+		o.add("encrypted", true)
+	}
+	if i.backing != "" {
+		o.add("backing-filename", i.backing)
+	}
+	o.add("dirty-flag", i.dirty)
+	return o
+}
+
+func snapshotJSON(s *qcow2.Snapshot) object {
+	o := object{}
+	if s.ICount != qcow2.NoICount {
+		o.add("icount", int64(s.ICount))
+	}
+	o.add("vm-clock-nsec", s.VMClockNsec%1e9)
+	o.add("name", s.Name)
+	o.add("date-sec", int64(s.DateSec))
+	o.add("date-nsec", int64(s.DateNsec))
+	o.add("vm-clock-sec", s.VMClockNsec/1e9)
+	o.add("id", s.ID)
+	o.add("vm-state-size", s.VMStateSize)
+	return o
+}
+
+func (i *imageInfo) print(w io.Writer) {
+	fmt.Fprintf(w, "image: %s\nfile format: %s\nvirtual size: %s (%d bytes)\ndisk size: %s\n",
+		i.name, i.format, humanSize(uint64(i.size)), i.size, humanSize(uint64(i.allocated)))
+	if i.encrypted {
+		fmt.Fprintln(w, "encrypted: yes")
+	}
+	if i.clusterSize > 0 {
+		fmt.Fprintf(w, "cluster_size: %d\n", i.clusterSize)
+	}
+	if i.dirty {
+		fmt.Fprintln(w, "cleanly shut down: no")
+	}
+	if i.backing != "" {
+		fmt.Fprintf(w, "backing file: %s", i.backing)
+		if i.backing != i.fullBacking {
+			fmt.Fprintf(w, " (actual path: %s)", i.fullBacking)
+		}
+		fmt.Fprintln(w)
+		if i.backingFormat != "" {
+			fmt.Fprintf(w, "backing file format: %s\n", i.backingFormat)
+		}
+	}
+	if len(i.snapshots) > 0 {
+		printSnapshots(w, i.snapshots)
+	}
+	if i.specific != nil {
+		fmt.Fprintln(w, "Format specific information:")
+		printObject(w, i.specific, 1)
+	}
+}
+
+// printSnapshots prints the table of snapshots; times are local.
+func printSnapshots(w io.Writer, list []qcow2.Snapshot) {
+	const row = "%s %s %8s%20s%13s%11s\n"
+	fmt.Fprintf(w, "Snapshot list:\n%-10s%-17s%8s%20s%13s%11s\n", "ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT")
+	for _, s := range list {
+		sec := s.VMClockNsec / 1e9
+		clock := fmt.Sprintf("%02d:%02d:%02d.%03d", sec/3600, sec/60%60, sec%60, s.VMClockNsec/1e6%1000)
+		icount := ""
+		if s.ICount != qcow2.NoICount {
+			icount = fmt.Sprint(int64(s.ICount))
+		}
+		date := time.Unix(int64(s.DateSec), 0).Format("2006-01-02 15:04:05")
+		fmt.Fprintf(w, row, bytePad(s.ID, 9), bytePad(s.Name, 16), humanSize(s.VMStateSize), date, clock, icount)
+	}
+}
+
+// bytePad pads a string to a number of bytes, as C does; fmt counts runes.
+func bytePad(s string, n int) string { return s + strings.Repeat(" ", max(0, n-len(s))) }
+
+// printObject prints a JSON object for people: a member a line, dashes in keys
+// as blanks, 4 blanks a level.
+func printObject(w io.Writer, v any, depth int) {
+	line := func(key string, v any) {
+		fmt.Fprintf(w, "%*s%s:", 4*depth, "", key)
+		switch v.(type) {
+		case object, []any:
+			fmt.Fprintln(w)
+			printObject(w, v, depth+1)
+		default:
+			fmt.Fprintf(w, " %v\n", v)
+		}
+	}
+	switch v := v.(type) {
+	case object:
+		for _, m := range v {
+			line(strings.ReplaceAll(m.key, "-", " "), m.value)
+		}
+	case []any:
+		for i, e := range v {
+			line(fmt.Sprintf("[%d]", i), e)
+		}
+	}
+}
