@@ -186,6 +186,11 @@ func (o *Output) openTemp(perm fs.FileMode) (*os.File, error) {
 	if f, err := openUnnamed(o.root, perm); err == nil {
 		return f, nil
 	}
+	return o.openNamed(perm)
+}
+
+// openNamed makes the new file under a temporary name.
+func (o *Output) openNamed(perm fs.FileMode) (*os.File, error) {
 	for {
 		name := o.tempName()
 		f, err := o.root.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, perm)
@@ -200,7 +205,7 @@ func (o *Output) openTemp(perm fs.FileMode) (*os.File, error) {
 }
 
 func (o *Output) tempName() string {
-	return "." + o.name + "." + rand.Text()[:6] + ".tmp"
+	return "." + o.name[:min(len(o.name), 200)] + "." + rand.Text()[:6] + ".tmp"
 }
 
 // File returns the file to write to. It is closed by Commit and Abort.

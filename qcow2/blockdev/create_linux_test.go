@@ -2,7 +2,6 @@ package blockdev_test
 
 import (
 	"errors"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -178,48 +177,4 @@ func TestCreateFileUnnamed(t *testing.T) {
 	if err := o.Abort(); err != nil {
 		t.Fatal(err)
 	}
-}
-
-// Where a file system has no files without a name: vfat.
-func TestCreateFileNamedTemp(t *testing.T) {
-	oracle.RequireRoot(t)
-	oracle.Require(t, "mkfs.vfat")
-	tmp := t.TempDir()
-	img, dir := filepath.Join(tmp, "img"), filepath.Join(tmp, "mnt")
-	write(t, img, strings.Repeat("\x00", 4<<20), 0o666)
-	oracle.MustRun(t, "mkfs.vfat", img)
-	if err := os.Mkdir(dir, 0o777); err != nil {
-		t.Fatal(err)
-	}
-	if r := oracle.Run(t, "mount", "-o", "loop", "-t", "vfat", img, dir); r.Code != 0 {
-		oracle.Missing(t, "a mount of vfat")
-	}
-	defer unix.Unmount(dir, unix.MNT_DETACH)
-	checkNamedTemp(t, dir)
-}
-
-func checkNamedTemp(t *testing.T, dir string) {
-	t.Helper()
-	write(t, filepath.Join(dir, "old"), "old", 0o666)
-	for _, name := range []string{"new", "old"} {
-		o := create(t, filepath.Join(dir, name), "unfinished")
-		temps, err := fs.Glob(os.DirFS(dir), "."+name+".??????.tmp")
-		if err != nil || len(temps) != 1 {
-			t.Errorf("temp files %q, %v", temps, err)
-		}
-		if err := o.Abort(); err != nil {
-			t.Error(err)
-		}
-	}
-	wantDir(t, dir, map[string]string{"old": "old"})
-	for _, name := range []string{"new", "old"} {
-		commit(t, create(t, filepath.Join(dir, name), "done"))
-	}
-	wantDir(t, dir, map[string]string{"old": "done", "new": "done"})
-	o := create(t, filepath.Join(dir, "late"), "ours")
-	write(t, filepath.Join(dir, "late"), "theirs", 0o666)
-	if err := o.Commit(); !errors.Is(err, fs.ErrExist) {
-		t.Errorf("a file that came meanwhile: %v", err)
-	}
-	wantDir(t, dir, map[string]string{"old": "done", "new": "done", "late": "theirs"})
 }

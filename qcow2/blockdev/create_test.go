@@ -232,6 +232,17 @@ func TestCreateFileMeanwhile(t *testing.T) {
 	wantDir(t, dir, map[string]string{"new": "theirs", "old": "ours"})
 }
 
+// The longest name still has a temporary name.
+func TestCreateFileLongName(t *testing.T) {
+	dir := t.TempDir()
+	name := strings.Repeat("n", 255)
+	for _, text := range []string{"first", "second"} {
+		o := create(t, filepath.Join(dir, name), text)
+		commit(t, o)
+	}
+	wantDir(t, dir, map[string]string{name: "second"})
+}
+
 func TestCreateFileLarge(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "large")
 	o, err := blockdev.CreateFile(path, &blockdev.CreateOptions{NoSync: true})
@@ -252,4 +263,44 @@ func TestCreateFileLarge(t *testing.T) {
 	if _, err := f.ReadAt(got, size-4); err != nil || !bytes.Equal(got, []byte("\x00end")) {
 		t.Errorf("read %q, %v", got, err)
 	}
+}
+
+// Where no file can be without a name.
+func TestCreateFileNamed(t *testing.T) {
+	dir := t.TempDir()
+	named := func(name, text string) *blockdev.Output {
+		t.Helper()
+		o := create(t, filepath.Join(dir, name), "")
+		if err := o.UseNamed(); err != nil {
+			t.Fatal(err)
+		}
+		if err := o.File().Truncate(int64(len(text))); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := o.File().WriteAt([]byte(text), 0); err != nil {
+			t.Fatal(err)
+		}
+		return o
+	}
+	write(t, filepath.Join(dir, "old"), "old", 0o666)
+	for _, name := range []string{"new", "old"} {
+		o := named(name, "unfinished")
+		if temps, err := fs.Glob(os.DirFS(dir), "."+name+".??????.tmp"); err != nil || len(temps) != 1 {
+			t.Errorf("temporary files %q, %v", temps, err)
+		}
+		if err := o.Abort(); err != nil {
+			t.Error(err)
+		}
+	}
+	wantDir(t, dir, map[string]string{"old": "old"})
+	for _, name := range []string{"new", "old"} {
+		commit(t, named(name, "done"))
+	}
+	wantDir(t, dir, map[string]string{"old": "done", "new": "done"})
+	o := named("late", "ours")
+	write(t, filepath.Join(dir, "late"), "theirs", 0o666)
+	if err := o.Commit(); !errors.Is(err, fs.ErrExist) {
+		t.Errorf("a file that came meanwhile: %v", err)
+	}
+	wantDir(t, dir, map[string]string{"old": "done", "new": "done", "late": "theirs"})
 }

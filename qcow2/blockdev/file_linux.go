@@ -109,8 +109,9 @@ func copyRange(dst *os.File, off int64, src *os.File, srcOff, n int64) (done int
 	if err != nil || done == n {
 		return done, err
 	}
-	// Nothing more came. Files that the kernel makes up give 0 too, so ask.
-	if st, err := src.Stat(); err != nil || st.Size() > srcOff+done {
+	// Nothing more came. Files that the kernel makes up (/proc, with a size of
+	// 0) can give nothing too, which is no end.
+	if st, err := src.Stat(); err != nil || st.Size() == 0 || st.Size() > srcOff+done {
 		return done, fmt.Errorf("copy_file_range: %w", errors.ErrUnsupported)
 	}
 	return done, nil

@@ -102,7 +102,7 @@ func TestFileCopyRange(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer proc.Close()
-	if n, err := f.CopyRange(0, proc, 0, 10); n != 10 && !errors.Is(err, errors.ErrUnsupported) && err != nil {
+	if n, err := f.CopyRange(0, proc, 0, 10); n != 10 && !errors.Is(err, errors.ErrUnsupported) {
 		t.Errorf("copy of /proc/version: %d, %v", n, err)
 	}
 	pr, pw, err := os.Pipe()

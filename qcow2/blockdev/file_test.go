@@ -61,7 +61,7 @@ func TestSection(t *testing.T) {
 		"Section": func(t *testing.T) blockdev.Device { return section(t, blockdev.NewMemory(2<<20), 777, 1<<20) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			for _, off := range []int64{0, 4096, 12345, 1<<20 - 300_000} {
+			for _, off := range []int64{12345, 1<<20 - 300_000} {
 				blocktest.TestDevice(t, func(t *testing.T) blockdev.Device {
 					p := parent(t)
 					fill := bytes.Repeat([]byte{0xee}, 1<<20)

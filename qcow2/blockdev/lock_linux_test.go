@@ -290,3 +290,26 @@ func TestLockWriteOnly(t *testing.T) {
 		t.Errorf("bytes %v are locked", held)
 	}
 }
+
+// A conflict leaves the caller's file open, with none of its bytes locked.
+func TestLockConflictUndone(t *testing.T) {
+	checkFDs(t)
+	first := tempFile(t, 1000, reader)
+	f, err := os.OpenFile(first.Name(), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	_, err = blockdev.NewFile(f, writer)
+	want := first.Name() + `: Failed to get "write" lock: another process (a running virtual machine?) uses the image`
+	if !errors.Is(err, blockdev.ErrLocked) || err.Error() != want {
+		t.Errorf("%v, want %s", err, want)
+	}
+	first.Close()
+	if held := heldBytes(t, f.Name()); held != nil {
+		t.Errorf("bytes %v are still locked", held)
+	}
+	if _, err := blockdev.NewFile(f, writer); err != nil {
+		t.Errorf("when the other is closed: %v", err)
+	}
+}

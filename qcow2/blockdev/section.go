@@ -36,11 +36,7 @@ func (s *ReaderSection) ReadAt(p []byte, off int64) (int, error) {
 		return 0, eofUnlessEmpty(p)
 	}
 	if int64(len(p)) <= s.n-off {
-		n, err := s.r.ReadAt(p, s.off+off)
-		if n == len(p) && err == io.EOF {
-			err = nil // the parent ends here too
-		}
-		return n, err
+		return s.r.ReadAt(p, s.off+off)
 	}
 	n, err := s.r.ReadAt(p[:s.n-off], s.off+off)
 	if err == nil {
