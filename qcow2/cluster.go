@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
-	"math/bits"
 
 	"qimg/qcow2/blockdev"
 )
@@ -239,30 +238,4 @@ func (im *Image) readRun(p []byte, off int64, r run) error {
 
 func (im *Image) noFile(what, name string) error {
 	return fmt.Errorf("qcow2: %s %q was not opened: %w", what, name, ErrBacking)
-}
-
-// refcount returns the stored refcount of a cluster of the image file.
-// The blocks of table entries that are 0 hold zeroes.
-func (im *Image) refcount(table []byte, cluster int64) (uint64, error) {
-	g := &im.geo
-	perBlock := g.clusterBits + 3 - uint(bits.Len(g.refcountBits)-1) // log2
-	i := cluster >> perBlock
-	if i >= int64(len(table)/reftableEntrySize) {
-		return 0, nil
-	}
-	block := binary.BigEndian.Uint64(table[i*reftableEntrySize:]) & reftableOffsetMask
-	if block == 0 || block >= uint64(im.dev.Size()) {
-		return 0, nil
-	}
-	if g.inCluster(block) != 0 {
-		return 0, &FormatError{"refcount table entry", int64(im.header.RefcountTableOffset) + i*reftableEntrySize,
-			"refcount block offset", fmt.Sprintf("%#x not aligned to %#x", block, g.clusterSize), ErrCorrupt}
-	}
-	bit := (cluster & (1<<perBlock - 1)) * int64(g.refcountBits)
-	inSlice := bit / 8 & (im.sliceSize() - 1)
-	b, err := im.slice(int64(block) + bit/8 - inSlice)
-	if err != nil {
-		return 0, fmt.Errorf("qcow2: refcount block at %#x: %w", block, err)
-	}
-	return refcountEntry(b[inSlice:], uint(bit&7), g.refcountBits), nil
 }

@@ -1,6 +1,10 @@
 package qcow2
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+	"fmt"
+	"math/bits"
+)
 
 // refcountEntry reads an entry of a refcount block that starts at bit shift of
 // b[0]; shift is 0 unless width is below 8.
@@ -14,6 +18,48 @@ func refcountEntry(b []byte, shift, width uint) uint64 {
 		return uint64(binary.BigEndian.Uint16(b))
 	}
 	return uint64(b[0]>>shift) & (1<<width - 1)
+}
+
+// refcountIn returns the refcount of a cluster from the part of its refcount
+// block that refcountSlice returned.
+func (g *geometry) refcountIn(slice []byte, cluster int64) uint64 {
+	if slice == nil {
+		return 0
+	}
+	bit := cluster * int64(g.refcountBits) & (int64(len(slice))*8 - 1) // len is a power of two
+	return refcountEntry(slice[bit/8:], uint(bit&7), g.refcountBits)
+}
+
+// refcountSlice returns the part of a refcount block that holds the refcount
+// of a cluster, as long as sliceSize, or nil if they are all 0. table is the
+// refcount table as far as the file goes.
+func (im *Image) refcountSlice(table []byte, cluster int64) ([]byte, error) {
+	g := &im.geo
+	perBlock := g.clusterBits + 3 - uint(bits.Len(g.refcountBits)-1) // log2
+	i := cluster >> perBlock
+	if i >= int64(len(table)/reftableEntrySize) {
+		return nil, nil
+	}
+	block := binary.BigEndian.Uint64(table[i*reftableEntrySize:]) & reftableOffsetMask
+	if g.inCluster(block) != 0 {
+		return nil, &FormatError{"refcount table entry", int64(im.header.RefcountTableOffset) + i*reftableEntrySize,
+			"refcount block offset", fmt.Sprintf("%#x not aligned to %#x", block, g.clusterSize), ErrCorrupt}
+	}
+	if block == 0 || block >= uint64(im.dev.Size()) {
+		return nil, nil
+	}
+	inBlock := (cluster & (1<<perBlock - 1)) * int64(g.refcountBits) / 8
+	b, err := im.slice(int64(block) + inBlock&^(im.sliceSize()-1))
+	if err != nil {
+		return nil, fmt.Errorf("qcow2: refcount block at %#x: %w", block, err)
+	}
+	return b, nil
+}
+
+// refcount returns the stored refcount of a cluster of the image file.
+func (im *Image) refcount(table []byte, cluster int64) (uint64, error) {
+	b, err := im.refcountSlice(table, cluster)
+	return im.geo.refcountIn(b, cluster), err
 }
 
 // refcountChunk is the number of clusters that refcounts allocates for at
@@ -51,6 +97,9 @@ func (r *refcounts) get(cluster int64) uint64 {
 	}
 	return uint64(c[cluster%refcountChunk])
 }
+
+// empty reports whether no cluster of the chunk of cluster has references.
+func (r *refcounts) empty(cluster int64) bool { return r.chunks[cluster/refcountChunk] == nil }
 
 // add adds k references and returns how many of them did not fit.
 func (r *refcounts) add(cluster int64, k uint64) (over uint64) {

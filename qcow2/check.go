@@ -1,0 +1,655 @@
+package qcow2
+
+import (
+	"cmp"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math"
+	"slices"
+)
+
+// Severity tells what a finding means.
+type Severity uint8
+
+const (
+	// Leak: space is lost, nothing else.
+	Leak Severity = 1 + iota
+	// Corruption: data is damaged, or a write may damage it.
+	Corruption
+	// Internal: a part of the image could not be checked.
+	Internal
+)
+
+func (s Severity) String() string {
+	switch s {
+	case Leak:
+		return "leak"
+	case Corruption:
+		return "corruption"
+	case Internal:
+		return "internal"
+	}
+	return fmt.Sprintf("Severity(%d)", uint8(s))
+}
+
+// FindingKind is what is wrong.
+type FindingKind uint8
+
+// Kinds of findings. Off is the offset in the image file of what the comment
+// names; Value is the entry or number in question.
+const (
+	RefcountTooLow         FindingKind = 1 + iota // cluster: stored refcount below the references
+	RefcountTooHigh                               // cluster: stored refcount above the references
+	RefcountOverflow                              // cluster: more references than a refcount can hold
+	BeyondEnd                                     // region: ends a cluster or more beyond the file; Value: its size
+	L1Reserved                                    // L1 entry: reserved bits set
+	L2TableUnaligned                              // L2 table: not cluster-aligned
+	L2Reserved                                    // L2 entry: reserved bits set
+	ZeroFlagVersion2                              // L2 entry: zero flag in a version 2 image
+	CompressedCopied                              // L2 entry: compressed cluster with the copied flag
+	CompressedDataFile                            // L2 entry: compressed cluster with an external data file
+	CompressedSubclusters                         // L2 entry: compressed cluster with a subcluster bitmap
+	SubclustersContradict                         // L2 entry: subclusters both allocated and zero
+	SubclustersUnallocated                        // L2 entry: subclusters of no cluster allocated
+	DataUnaligned                                 // L2 entry: data cluster not cluster-aligned
+	PreallocatedUnaligned                         // L2 entry: zero cluster not cluster-aligned
+	L1Copied                                      // L1 entry: copied flag disagrees with the refcount
+	L2Copied                                      // L2 entry: copied flag disagrees with the refcount
+	SnapshotsDataFile                             // snapshots in an image with an external data file
+	SnapshotL1Unaligned                           // L1 table of a snapshot: not cluster-aligned
+	SnapshotL1TooLarge                            // L1 table of a snapshot: over the limit
+	SnapshotL1Overlap                             // L1 tables of snapshots: larger together than the file
+	RefcountTableReserved                         // refcount table entry: reserved bits set
+	RefcountBlockUnaligned                        // refcount block: not cluster-aligned
+	RefcountBlockBeyondEnd                        // refcount block: outside of the file
+	RefcountBlockShared                           // refcount block: not referenced once
+	RefcountUnreadable                            // clusters whose refcount cannot be read; Value: how many
+	BitmapDirectoryBad                            // bitmap directory: cannot be parsed
+	BitmapTableEntryBad                           // bitmap table entry: reserved bits or not aligned
+)
+
+// Finding is something wrong in an image.
+type Finding struct {
+	Kind     FindingKind
+	Severity Severity
+	// Count is how many findings this one stands for: a table that several
+	// snapshots share is looked at once.
+	Count int64
+	Off   int64 // bytes in the image file
+	Value uint64
+	// Refcount is what is stored, Reference what was counted, for the kinds
+	// that compare them.
+	Refcount, Reference uint64
+	Index               int64  // number of the entry, cluster or block
+	Text                string // more, where there is more to say
+}
+
+// String is the line that qemu-img check prints for the finding, where it
+// knows it.
+func (f Finding) String() string {
+	switch f.Kind {
+	case RefcountTooLow:
+		return fmt.Sprintf("ERROR cluster %d refcount=%d reference=%d", f.Index, f.Refcount, f.Reference)
+	case RefcountTooHigh:
+		return fmt.Sprintf("Leaked cluster %d refcount=%d reference=%d", f.Index, f.Refcount, f.Reference)
+	case RefcountOverflow:
+		return fmt.Sprintf("ERROR: overflow cluster offset=%#x", f.Off)
+	case BeyondEnd:
+		return fmt.Sprintf("ERROR: counting reference for region exceeding the end of the file by one cluster or more: offset %#x size %#x", f.Off, f.Value)
+	case L1Reserved:
+		return fmt.Sprintf("ERROR found L1 entry with reserved bits set: %x", f.Value)
+	case L2TableUnaligned:
+		return fmt.Sprintf("ERROR l2_offset=%x: Table is not cluster aligned; L1 entry corrupted", f.Off)
+	case L2Reserved:
+		return fmt.Sprintf("ERROR found l2 entry with reserved bits set: %x", f.Value)
+	case ZeroFlagVersion2:
+		return fmt.Sprintf("ERROR l2_entry=%x at %#x: zero flag in a version 2 image", f.Value, f.Off)
+	case CompressedCopied:
+		return fmt.Sprintf("ERROR: coffset=%#x: copied flag must never be set for compressed clusters", f.Value)
+	case CompressedDataFile:
+		return fmt.Sprintf("ERROR compressed cluster %d with data file, entry=%#x", f.Index, f.Value)
+	case CompressedSubclusters:
+		return fmt.Sprintf("ERROR compressed cluster %d with non-zero subcluster allocation bitmap, entry=%#x", f.Index, f.Value)
+	case SubclustersContradict:
+		return fmt.Sprintf("ERROR offset=%x: Allocated cluster has corrupted subcluster allocation bitmap", f.Value&l2OffsetMask)
+	case SubclustersUnallocated:
+		return "ERROR: Unallocated cluster has non-zero subcluster allocation map"
+	case DataUnaligned:
+		return fmt.Sprintf("ERROR offset=%x: Data cluster is not properly aligned; L2 entry corrupted.", f.Value&l2OffsetMask)
+	case PreallocatedUnaligned:
+		return fmt.Sprintf("ERROR offset=%x: Preallocated cluster is not properly aligned; L2 entry corrupted.", f.Value&l2OffsetMask)
+	case L1Copied:
+		return fmt.Sprintf("ERROR OFLAG_COPIED L2 cluster: l1_index=%d l1_entry=%x refcount=%d", f.Index, f.Value, f.Refcount)
+	case L2Copied:
+		return fmt.Sprintf("ERROR OFLAG_COPIED data cluster: l2_entry=%x refcount=%d", f.Value, f.Refcount)
+	case SnapshotsDataFile:
+		return fmt.Sprintf("ERROR %d snapshots in image with data file", f.Value)
+	case SnapshotL1Unaligned:
+		return fmt.Sprintf("ERROR snapshot %s l1_offset=%#x: L1 table is not cluster aligned; snapshot table entry corrupted", f.Text, f.Value)
+	case SnapshotL1TooLarge:
+		return fmt.Sprintf("ERROR snapshot %s l1_size=%#x: L1 table is too large; snapshot table entry corrupted", f.Text, f.Value)
+	case SnapshotL1Overlap:
+		return fmt.Sprintf("ERROR snapshot %s: the L1 tables of the snapshots are larger than the file", f.Text)
+	case RefcountTableReserved:
+		return fmt.Sprintf("ERROR refcount table entry %d has reserved bits set", f.Index)
+	case RefcountBlockUnaligned:
+		return fmt.Sprintf("ERROR refcount block %d is not cluster aligned; refcount table entry corrupted", f.Index)
+	case RefcountBlockBeyondEnd:
+		return fmt.Sprintf("ERROR refcount block %d is outside image", f.Index)
+	case RefcountBlockShared:
+		return fmt.Sprintf("ERROR refcount block %d refcount=%d", f.Index, f.Reference)
+	case RefcountUnreadable:
+		return fmt.Sprintf("Can't get refcount for cluster %d: %s", f.Index, f.Text)
+	case BitmapDirectoryBad:
+		return "ERROR bitmap directory: " + f.Text
+	case BitmapTableEntryBad:
+		return fmt.Sprintf("ERROR bitmap table entry %d of %s: %x", f.Index, f.Text, f.Value)
+	}
+	return fmt.Sprintf("ERROR kind %d at %#x", uint8(f.Kind), f.Off)
+}
+
+// CheckOptions are the options of Check.
+type CheckOptions struct {
+	// Found is told every finding, in an order that does not change; nil
+	// means only the totals are wanted.
+	Found func(Finding)
+	// Progress is told bytes of metadata read, out of a guess of the total.
+	Progress func(done, total int64)
+}
+
+// CheckResult is the totals of a check, with the meaning that they have in
+// qemu-img check --output=json.
+type CheckResult struct {
+	ImageEndOffset     int64 // bytes: end of the last cluster in use
+	TotalClusters      int64 // guest clusters
+	AllocatedClusters  int64
+	FragmentedClusters int64
+	CompressedClusters int64
+	CheckErrors        int64 // Internal
+	Corruptions        int64
+	Leaks              int64
+}
+
+// checker is a check that is going on.
+type checker struct {
+	ctx    context.Context
+	im     *Image
+	opts   CheckOptions
+	res    CheckResult
+	refs   *refcounts
+	table  []byte // refcount table, as far as the file goes
+	fileSz int64
+	visits l2Visits // of all L2 tables that are aligned
+
+	done, total int64
+}
+
+// Check compares all refcounts with the references that the tables of the
+// image hold, and checks those tables. It reads the image file only, no guest
+// data, and no backing file. It finds what qemu-img check finds, and zero
+// flags in version 2 images besides.
+//
+// Memory is at most 4 bytes for each cluster of the file, and 32 bytes for
+// each L2 table. An error means that the check did not come to its end.
+func (im *Image) Check(ctx context.Context, opts *CheckOptions) (CheckResult, error) {
+	c := &checker{ctx: ctx, im: im, fileSz: im.dev.Size()}
+	if opts != nil {
+		c.opts = *opts
+	}
+	clusters := im.geo.clusters(c.fileSz)
+	if clusters > maxCheckClusters {
+		return c.res, fmt.Errorf("qcow2: check: file of %d clusters, expected at most %d: %w", clusters, int64(maxCheckClusters), ErrLimit)
+	}
+	c.refs = newRefcounts(clusters, im.geo.refcountBits)
+	c.res.TotalClusters = im.geo.clusters(int64(im.header.Size) &^ 511)
+	var err error
+	h := &im.header
+	if c.table, err = readTable(im.dev, int64(h.RefcountTableOffset), int64(h.RefcountTableClusters)<<h.ClusterBits); err != nil {
+		return c.res, fmt.Errorf("qcow2: refcount table at %#x: %w", h.RefcountTableOffset, err)
+	}
+	c.table = c.table[:len(c.table)&^(reftableEntrySize-1)]
+	for _, step := range []func() error{c.countReferences, c.compareRefcounts, c.checkCopied} {
+		if err := step(); err != nil {
+			return c.res, err
+		}
+	}
+	return c.res, nil
+}
+
+func (c *checker) found(f Finding) {
+	if f.Count == 0 {
+		f.Count = 1
+	}
+	if f.Severity == 0 {
+		f.Severity = Corruption
+	}
+	switch f.Severity {
+	case Leak:
+		c.res.Leaks += f.Count
+	case Corruption:
+		c.res.Corruptions += f.Count
+	case Internal:
+		c.res.CheckErrors += f.Count
+	}
+	if c.opts.Found != nil {
+		c.opts.Found(f)
+	}
+}
+
+// read returns a table, or less where the file ends, and tells the progress.
+func (c *checker) read(off, n int64) ([]byte, error) {
+	if err := c.ctx.Err(); err != nil {
+		return nil, err
+	}
+	b, err := readTable(c.im.dev, off, n)
+	c.done += int64(len(b))
+	if c.opts.Progress != nil {
+		c.opts.Progress(min(c.done, c.total), c.total)
+	}
+	return b, err
+}
+
+// refer counts k references to each cluster of n bytes at off.
+func (c *checker) refer(off, n, k int64) {
+	g := &c.im.geo
+	if n <= 0 {
+		return
+	}
+	// The last cluster need not be there wholly.
+	if off > math.MaxInt64-n || off+n-c.fileSz >= g.clusterSize {
+		c.found(Finding{Kind: BeyondEnd, Off: off, Value: uint64(n), Count: k})
+		return
+	}
+	last := (off + n - 1) >> g.clusterBits
+	c.refs.grow(last + 1) // one more than the file has at most
+	for i := off >> g.clusterBits; i <= last; i++ {
+		if over := c.refs.add(i, uint64(k)); over > 0 {
+			c.found(Finding{Kind: RefcountOverflow, Off: i << g.clusterBits, Count: int64(over)})
+		}
+	}
+}
+
+// l2Visit is an L2 table with the number of L1 entries that point at it, of
+// all L1 tables and of the active one.
+type l2Visit struct {
+	off         int64
+	all, active int64
+}
+
+// l2Visits collects visits. Those of one table are put together from time to
+// time, so that it stays in proportion to the tables that there are.
+type l2Visits struct {
+	list    []l2Visit
+	compact int // length at which to put together
+}
+
+func (v *l2Visits) add(x l2Visit) {
+	if len(v.list) >= max(v.compact, 1<<16) {
+		v.merge()
+		v.compact = 2 * len(v.list)
+	}
+	v.list = append(v.list, x)
+}
+
+func (v *l2Visits) merge() {
+	slices.SortFunc(v.list, func(a, b l2Visit) int { return cmp.Compare(a.off, b.off) })
+	n := 0
+	for _, x := range v.list {
+		if n > 0 && v.list[n-1].off == x.off {
+			v.list[n-1].all += x.all
+			v.list[n-1].active += x.active
+			continue
+		}
+		v.list[n] = x
+		n++
+	}
+	v.list = v.list[:n]
+}
+
+// countReferences fills c.refs.
+func (c *checker) countReferences() error {
+	h, g := &c.im.header, &c.im.geo
+	c.refer(0, g.clusterSize, 1)
+	if err := c.checkL1(int64(h.L1TableOffset), int64(h.L1Size), 1, true); err != nil {
+		return err
+	}
+	if err := c.checkSnapshots(); err != nil {
+		return err
+	}
+	c.visits.merge()
+	c.total = c.done + int64(len(c.visits.list))*g.clusterSize*2
+	for _, v := range c.visits.list {
+		if err := c.checkL2(v); err != nil {
+			return err
+		}
+	}
+	if h.NbSnapshots > 0 {
+		c.refer(int64(h.SnapshotsOffset), c.im.snapEnd-int64(h.SnapshotsOffset), 1)
+	}
+	c.refer(int64(h.RefcountTableOffset), int64(h.RefcountTableClusters)<<h.ClusterBits, 1)
+	if x, ok := h.Crypto(); ok {
+		c.refer(int64(min(x.Offset, math.MaxInt64)), int64(min(x.Length, math.MaxInt64)), 1)
+	}
+	if err := c.checkBitmaps(); err != nil {
+		return err
+	}
+	c.checkRefcountBlocks()
+	return nil
+}
+
+// checkSnapshots walks the L1 tables of the snapshots, each once.
+func (c *checker) checkSnapshots() error {
+	g := &c.im.geo
+	if n := len(c.im.snapshots); n > 0 && g.dataFile {
+		c.found(Finding{Kind: SnapshotsDataFile, Value: uint64(n)})
+	}
+	type table struct {
+		off  uint64
+		size uint32
+	}
+	times := make(map[table]int64)
+	var order []table
+	var names []string
+	for _, s := range c.im.snapshots {
+		name := fmt.Sprintf("%s (%s)", s.ID, s.Name)
+		switch t := (table{s.L1TableOffset, s.L1Size}); {
+		case g.inCluster(s.L1TableOffset) != 0:
+			c.found(Finding{Kind: SnapshotL1Unaligned, Value: s.L1TableOffset, Text: name})
+		case s.L1Size > maxL1Size/l1EntrySize:
+			c.found(Finding{Kind: SnapshotL1TooLarge, Value: uint64(s.L1Size), Text: name})
+		default:
+			if times[t]++; times[t] == 1 {
+				order, names = append(order, t), append(names, name)
+			}
+		}
+	}
+	var sum int64
+	for i, t := range order {
+		// Tables that overlap could make this take forever.
+		if sum += int64(t.size) * l1EntrySize; sum > c.fileSz+maxL1Size {
+			c.found(Finding{Kind: SnapshotL1Overlap, Off: int64(min(t.off, math.MaxInt64)), Text: names[i]})
+			return nil
+		}
+		if err := c.checkL1(int64(min(t.off, math.MaxInt64)), int64(t.size), times[t], false); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// checkL1 checks an L1 table that is used k times.
+func (c *checker) checkL1(off, size, k int64, active bool) error {
+	g := &c.im.geo
+	c.refer(off, size*l1EntrySize, k)
+	b, err := c.read(off, size*l1EntrySize)
+	if err != nil {
+		return fmt.Errorf("qcow2: check: l1 table at %#x: %w", off, err)
+	}
+	for i := 0; i+l1EntrySize <= len(b); i += l1EntrySize {
+		entry := binary.BigEndian.Uint64(b[i:])
+		if entry == 0 {
+			continue
+		}
+		if entry&l1ReservedMask != 0 {
+			c.found(Finding{Kind: L1Reserved, Off: off + int64(i), Index: int64(i / l1EntrySize), Value: entry, Count: k})
+		}
+		l2 := int64(entry & l1OffsetMask)
+		c.refer(l2, g.clusterSize, k)
+		if g.inCluster(uint64(l2)) != 0 {
+			c.found(Finding{Kind: L2TableUnaligned, Off: l2, Index: int64(i / l1EntrySize), Value: entry, Count: k})
+			continue
+		}
+		v := l2Visit{l2, k, 0}
+		if active {
+			v.active = k
+		}
+		c.visits.add(v)
+	}
+	return nil
+}
+
+// checkL2 checks an L2 table and counts what it refers to.
+func (c *checker) checkL2(v l2Visit) error {
+	g := &c.im.geo
+	b, err := c.read(v.off, g.clusterSize)
+	if err != nil {
+		return fmt.Errorf("qcow2: check: l2 table at %#x: %w", v.off, err)
+	}
+	next := int64(0) // where the last cluster ends
+	for i := 0; int64(i)+g.l2EntrySize <= int64(len(b)); i += int(g.l2EntrySize) {
+		entry := binary.BigEndian.Uint64(b[i:])
+		var bitmap uint64
+		if g.extended {
+			bitmap = binary.BigEndian.Uint64(b[i+8:])
+		}
+		if entry|bitmap == 0 {
+			continue
+		}
+		bad := func(kind FindingKind) {
+			c.found(Finding{Kind: kind, Off: v.off + int64(i), Index: int64(i) / g.l2EntrySize, Value: entry, Count: v.all})
+		}
+		typ := g.clusterType(entry)
+		if typ != clusterCompressed && entry&l2ReservedMask != 0 {
+			bad(L2Reserved)
+		}
+		if entry&oflagZero != 0 && typ != clusterCompressed && c.im.header.Version < 3 {
+			bad(ZeroFlagVersion2)
+		}
+		switch typ {
+		case clusterCompressed:
+			if entry&oflagCopied != 0 {
+				bad(CompressedCopied)
+			}
+			if g.dataFile {
+				bad(CompressedDataFile)
+				continue
+			}
+			if bitmap != 0 {
+				bad(CompressedSubclusters)
+				continue
+			}
+			off, n := g.compressed(entry)
+			c.refer(off, n, v.all)
+			c.res.AllocatedClusters += v.active
+			c.res.CompressedClusters += v.active
+			c.res.FragmentedClusters += v.active
+		case clusterZeroAlloc, clusterNormal:
+			off := int64(entry & l2OffsetMask)
+			if bitmap>>32&bitmap != 0 {
+				bad(SubclustersContradict)
+			}
+			if g.inCluster(uint64(off)) != 0 {
+				if g.extended && bitmap&subclusterAllocMask != 0 || !g.extended && typ == clusterNormal {
+					bad(DataUnaligned)
+				} else {
+					bad(PreallocatedUnaligned)
+				}
+			}
+			c.res.AllocatedClusters += v.active
+			if next != 0 && off != next {
+				c.res.FragmentedClusters += v.active
+			}
+			next = off + g.clusterSize
+			if !g.dataFile {
+				c.refer(off, g.clusterSize, v.all)
+			}
+		case clusterUnallocated:
+			if bitmap&subclusterAllocMask != 0 {
+				bad(SubclustersUnallocated)
+			}
+		}
+	}
+	return nil
+}
+
+// checkBitmaps counts what the bitmaps refer to.
+func (c *checker) checkBitmaps() error {
+	ext, ok := c.im.header.Bitmaps()
+	if !ok {
+		return nil
+	}
+	c.refer(int64(ext.DirectoryOffset), int64(ext.DirectorySize), 1)
+	list, err := c.im.Bitmaps()
+	if errors.Is(err, ErrCorrupt) {
+		c.found(Finding{Kind: BitmapDirectoryBad, Off: int64(ext.DirectoryOffset), Text: err.Error()})
+		return nil
+	} else if err != nil {
+		return err
+	}
+	g := &c.im.geo
+	for _, bm := range list {
+		off, n := int64(bm.TableOffset), int64(bm.TableSize)*8
+		c.refer(off, n, 1)
+		for at := int64(0); at < n; at += maxSlice {
+			b, err := c.read(off+at, min(maxSlice, n-at))
+			if err != nil {
+				return fmt.Errorf("qcow2: check: bitmap table at %#x: %w", off, err)
+			}
+			for i := 0; i+8 <= len(b); i += 8 {
+				entry := binary.BigEndian.Uint64(b[i:])
+				data := entry & bitmapTableOffsetMask
+				if entry&bitmapTableReservedMask != 0 || g.inCluster(data) != 0 || data != 0 && entry&bitmapTableAllOnes != 0 {
+					c.found(Finding{Kind: BitmapTableEntryBad, Off: off + at + int64(i), Index: (at + int64(i)) / 8, Value: entry, Text: bm.Name})
+				} else if data != 0 {
+					c.refer(int64(data), g.clusterSize, 1)
+				}
+			}
+			if len(b) < maxSlice {
+				break // the end of the table or of the file
+			}
+		}
+	}
+	return nil
+}
+
+// checkRefcountBlocks counts the references to refcount blocks.
+func (c *checker) checkRefcountBlocks() {
+	g := &c.im.geo
+	for i := 0; i < len(c.table); i += reftableEntrySize {
+		entry := binary.BigEndian.Uint64(c.table[i:])
+		off := entry & reftableOffsetMask
+		f := Finding{Off: int64(min(off, math.MaxInt64)), Index: int64(i / reftableEntrySize), Value: entry}
+		switch {
+		case entry&reftableReservedMask != 0:
+			f.Kind = RefcountTableReserved
+		case g.inCluster(off) != 0:
+			f.Kind = RefcountBlockUnaligned
+		case off>>g.clusterBits >= uint64(c.refs.n):
+			f.Kind = RefcountBlockBeyondEnd
+		case off != 0:
+			c.refer(int64(off), g.clusterSize, 1)
+			if f.Reference = c.refs.get(int64(off >> g.clusterBits)); f.Reference != 1 {
+				f.Kind = RefcountBlockShared
+			}
+		}
+		if f.Kind != 0 {
+			c.found(f)
+		}
+	}
+}
+
+// compareRefcounts compares c.refs with the stored refcounts.
+func (c *checker) compareRefcounts() error {
+	g := &c.im.geo
+	highest := int64(0)
+	// Go by parts of refcount blocks, and pass over those without refcounts
+	// or references.
+	step := min(c.im.sliceSize()*8/int64(g.refcountBits), refcountChunk)
+	for start := int64(0); start < c.refs.n; start += step {
+		if err := c.ctx.Err(); err != nil {
+			return err
+		}
+		end := min(start+step, c.refs.n)
+		b, err := c.im.refcountSlice(c.table, start)
+		if errors.Is(err, ErrCorrupt) {
+			c.found(Finding{Kind: RefcountUnreadable, Severity: Internal, Off: start << g.clusterBits, Index: start, Value: uint64(end - start), Count: end - start, Text: err.Error()})
+			continue
+		} else if err != nil {
+			return err
+		}
+		if b == nil && c.refs.empty(start) {
+			continue
+		}
+		for i := start; i < end; i++ {
+			stored := g.refcountIn(b, i)
+			counted := c.refs.get(i)
+			if stored != 0 || counted != 0 {
+				highest = i
+			}
+			f := Finding{Off: i << g.clusterBits, Index: i, Refcount: stored, Reference: counted}
+			switch {
+			case stored < counted:
+				f.Kind, f.Severity = RefcountTooLow, Corruption
+				c.found(f)
+			case stored > counted:
+				f.Kind, f.Severity = RefcountTooHigh, Leak
+				c.found(f)
+			}
+		}
+	}
+	c.res.ImageEndOffset = (highest + 1) << g.clusterBits
+	return nil
+}
+
+// checkCopied compares the copied flags of the active tables with the stored
+// refcounts.
+func (c *checker) checkCopied() error {
+	h, g := &c.im.header, &c.im.geo
+	l1, err := c.read(int64(h.L1TableOffset), int64(h.L1Size)*l1EntrySize)
+	if err != nil {
+		return fmt.Errorf("qcow2: check: l1 table at %#x: %w", h.L1TableOffset, err)
+	}
+	for i := 0; i+l1EntrySize <= len(l1); i += l1EntrySize {
+		entry := binary.BigEndian.Uint64(l1[i:])
+		l2 := int64(entry & l1OffsetMask)
+		if l2 == 0 {
+			continue
+		}
+		stored, err := c.im.refcount(c.table, l2>>g.clusterBits)
+		if errors.Is(err, ErrCorrupt) {
+			continue // compareRefcounts has told
+		} else if err != nil {
+			return err
+		}
+		if (stored == 1) != (entry&oflagCopied != 0) {
+			c.found(Finding{Kind: L1Copied, Off: int64(h.L1TableOffset) + int64(i), Index: int64(i / l1EntrySize), Value: entry, Refcount: stored})
+		}
+	}
+	for _, v := range c.visits.list {
+		if v.active > 0 {
+			if err := c.checkCopiedL2(v.off, v.active); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (c *checker) checkCopiedL2(l2, k int64) error {
+	g := &c.im.geo
+	b, err := c.read(l2, g.clusterSize)
+	if err != nil {
+		return fmt.Errorf("qcow2: check: l2 table at %#x: %w", l2, err)
+	}
+	for i := 0; int64(i)+g.l2EntrySize <= int64(len(b)); i += int(g.l2EntrySize) {
+		entry := binary.BigEndian.Uint64(b[i:])
+		if typ := g.clusterType(entry); typ != clusterNormal && typ != clusterZeroAlloc {
+			continue
+		}
+		stored := uint64(1) // of clusters in an external data file
+		if !g.dataFile {
+			stored, err = c.im.refcount(c.table, int64(entry&l2OffsetMask)>>g.clusterBits)
+			if errors.Is(err, ErrCorrupt) {
+				continue // compareRefcounts has told
+			} else if err != nil {
+				return err
+			}
+		}
+		if (stored == 1) != (entry&oflagCopied != 0) {
+			c.found(Finding{Kind: L2Copied, Count: k, Off: l2 + int64(i), Index: int64(i) / g.l2EntrySize, Value: entry, Refcount: stored})
+		}
+	}
+	return nil
+}
