@@ -21,6 +21,8 @@ import (
 type Host struct {
 	Out, Err io.Writer
 	Getenv   func(string) string
+
+	name string // of the program, for warnings
 }
 
 // Run runs the program and returns its exit status. args are its name, which
@@ -32,7 +34,7 @@ func Run(ctx context.Context, args []string, host Host) int {
 		args = args[1:]
 	}
 	out := &output{w: host.Out}
-	host.Out = out
+	host.Out, host.name = out, name
 	root := newRoot(name, args, host)
 	root.SetArgs(args)
 	root.SetOut(host.Out)
@@ -66,7 +68,7 @@ func newRoot(name string, args []string, host Host) *cobra.Command {
 	root.Flags().BoolP("version", "V", false, "print the version")
 	root.SetVersionTemplate("{{.Name}} version {{.Version}}\n")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return flagError(args, err) })
-	root.AddCommand(newCreate(host), newInfo(host))
+	root.AddCommand(newBuild(host), newCreate(host), newInfo(host), newCheck(host))
 	return root
 }
 

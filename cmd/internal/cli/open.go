@@ -23,15 +23,16 @@ type openOptions struct {
 
 // image is an image that is open for reading.
 type image struct {
-	name   string // as qemu-img names it in its output
+	arg    string // as it was given
+	name   string // its path
 	format string
 	file   *blockdev.File
 	qcow2  *qcow2.Image // nil: raw
 }
 
 // openImage opens an image. Errors are in qemu-img's words where it has some.
-func openImage(name string, o *openOptions) (*image, error) {
-	name, format, err := resolveName(name)
+func openImage(arg string, o *openOptions) (*image, error) {
+	name, format, err := resolveName(arg)
 	if err != nil {
 		return nil, err
 	}
@@ -45,7 +46,7 @@ func openImage(name string, o *openOptions) (*image, error) {
 	if err != nil {
 		return nil, openError(name, err)
 	}
-	img := &image{name: name, format: format, file: f}
+	img := &image{arg: arg, name: name, format: format, file: f}
 	if format == "" {
 		if img.format, err = probe(f); err != nil {
 			f.Close()

@@ -1,0 +1,384 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"qimg/cmd/internal/term"
+	"qimg/ext4img"
+	"qimg/qcow2"
+	"qimg/qcow2/blockdev"
+)
+
+type buildOptions struct {
+	format         string
+	size           string
+	free           string
+	minimize       bool
+	label          string
+	uuid           string
+	owner          string
+	modeMask       string
+	exclude        []string
+	compat         string
+	clusterSize    string
+	compress       bool
+	compression    string
+	blockSize      string
+	noJournal      bool
+	reserved       float64
+	skipUnreadable bool
+	quiet          bool
+	progress       string
+}
+
+func newBuild(host Host) *cobra.Command {
+	o := buildOptions{}
+	cmd := &cobra.Command{
+		Use:   "build SOURCE OUTPUT",
+		Short: "Make a disk with an ext4 file system from a directory",
+		Long: "Make a disk with an ext4 file system that holds what the directory SOURCE holds.\n" +
+			"OUTPUT is complete or not there: an older file is replaced at the very end.\n" +
+			"The same tree and the same options make the same bytes; SOURCE_DATE_EPOCH is an\n" +
+			"upper bound for all times.\n\n" +
+			"Sizes are bytes, or have one of the suffixes k, M, G, T (powers of 1024).",
+		Example: "  qimg build ./workload data.qcow2\n" +
+			"  qimg build --owner 1000 --free 2G --label data ./workload data.qcow2\n" +
+			"  qimg build -c --compression zstd --minimize ./workload small.qcow2",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return runBuild(cmd.Context(), host, &o, args)
+		},
+	}
+	f := cmd.Flags()
+	f.SortFlags = false
+	f.StringVarP(&o.format, "format", "f", "", "qcow2 or raw (default: by the extension of OUTPUT)")
+	f.StringVar(&o.size, "size", "", "size of the disk (default: what is needed and --free)")
+	f.StringVar(&o.free, "free", "", "free space, as a size or as N% of what is needed (default: 20%, at least 64M)")
+	f.BoolVar(&o.minimize, "minimize", false, "the smallest disk that holds the tree")
+	f.StringVar(&o.label, "label", "", "name of the file system, at most 16 bytes")
+	f.StringVar(&o.uuid, "uuid", "", "UUID of the file system (default: from the content)")
+	f.StringVar(&o.owner, "owner", "", "UID[:GID] that everything belongs to (default: as in SOURCE)")
+	f.StringVar(&o.modeMask, "mode-mask", "", "octal permission bits that are kept: 755 takes write from group and others")
+	f.StringArrayVar(&o.exclude, "exclude", nil, "leave out what matches: a name, or with a / a path from SOURCE; * ? [] work (repeatable)")
+	f.StringVar(&o.compat, "compat", "1.1", "qcow2 version: 0.10 or 1.1")
+	f.StringVar(&o.clusterSize, "cluster-size", "64k", "qcow2 cluster size")
+	f.BoolVarP(&o.compress, "compress", "c", false, "compress the qcow2 clusters")
+	f.StringVar(&o.compression, "compression", "zlib", "zlib or zstd")
+	f.StringVar(&o.blockSize, "block-size", "4k", "ext4 block size: 1k, 2k or 4k")
+	f.BoolVar(&o.noJournal, "no-journal", false, "make no journal")
+	f.Float64Var(&o.reserved, "reserved", 0, "percent of the blocks that only root can use")
+	f.BoolVar(&o.skipUnreadable, "skip-unreadable", false, "warn about what cannot be read, and leave it out")
+	f.BoolVarP(&o.quiet, "quiet", "q", false, "print errors and warnings only")
+	f.StringVar(&o.progress, "progress", "auto", "auto (a bar on a terminal), plain (lines) or none")
+	return cmd
+}
+
+// disk is a build with its options read.
+type disk struct {
+	source, output string
+	qcow2          *qcow2.WriterOptions // nil: raw
+	scan           ext4img.ScanOptions
+	layout         ext4img.LayoutOptions
+	freePercent    float64 // of what is needed; 0: layout says
+}
+
+func runBuild(ctx context.Context, host Host, o *buildOptions, args []string) error {
+	if len(args) != 2 {
+		return usagef("Expecting a source directory and an output file name")
+	}
+	d, err := o.parse(host, args[0], args[1])
+	if err != nil {
+		return err
+	}
+	mode := term.Mode(o.progress)
+	if o.quiet {
+		mode = term.None
+	}
+	progress, err := term.NewProgress(host.Err, mode, d.output)
+	if err != nil {
+		return usagef("%v", err)
+	}
+	defer progress.Close()
+	warn := func(text string) { fmt.Fprintf(host.Err, "%s: warning: %s\n", host.name, text) }
+	d.scan.Warn = warn
+	if err := d.excludeOutput(warn); err != nil {
+		return err
+	}
+
+	tree, err := ext4img.Scan(ctx, d.source, &d.scan)
+	if err != nil {
+		return sourceError(err)
+	}
+	defer tree.Close()
+	layout, err := d.newLayout(tree)
+	if err != nil {
+		return err
+	}
+	if err := d.write(ctx, layout, progress); err != nil {
+		return err
+	}
+	if !o.quiet {
+		progress.Close()
+		fmt.Fprintf(host.Out, "%s: %d entries, %s, ext4 %s (free %s)\n", d.output, tree.Entries(),
+			humanSize(uint64(tree.Bytes())), humanSize(uint64(layout.Size())), humanSize(uint64(layout.FreeBytes())))
+	}
+	return nil
+}
+
+// parse reads the options.
+func (o *buildOptions) parse(host Host, source, output string) (*disk, error) {
+	d := &disk{source: source, output: output}
+	d.scan = ext4img.ScanOptions{Exclude: o.exclude, SkipUnreadable: o.skipUnreadable}
+	d.layout = ext4img.LayoutOptions{
+		Minimize: o.minimize, Label: o.label, NoJournal: o.noJournal, ReservedPercent: o.reserved,
+	}
+	return d, errors.Join(o.parseFormat(d), o.parseSizes(d), o.parseTree(d, host.Getenv))
+}
+
+func (o *buildOptions) parseFormat(d *disk) error {
+	format := o.format
+	if format == "" {
+		switch ext := strings.ToLower(filepath.Ext(d.output)); ext {
+		case ".qcow2", ".qcow":
+			format = "qcow2"
+		case ".raw", ".img", ".ext4":
+			format = "raw"
+		default:
+			return fmt.Errorf("%s: the extension does not tell the format; use -f qcow2 or -f raw", d.output)
+		}
+	}
+	switch format {
+	case "raw":
+		if o.compress {
+			return errors.New("-c goes with qcow2 only")
+		}
+		return nil
+	case "qcow2":
+	default:
+		return fmt.Errorf("Unknown file format '%s'", format)
+	}
+	cluster, err := sizeArg("cluster size", o.clusterSize)
+	if err != nil {
+		return err
+	}
+	d.qcow2 = &qcow2.WriterOptions{Compress: o.compress}
+	d.qcow2.ClusterSize = cluster
+	var ok bool
+	if d.qcow2.Version, ok = parseCompat(o.compat); !ok {
+		return fmt.Errorf("--compat is 0.10 or 1.1, not '%s'", o.compat)
+	}
+	if d.qcow2.Compression, ok = parseCompression(o.compression); !ok {
+		return fmt.Errorf("--compression is zlib or zstd, not '%s'", o.compression)
+	}
+	return nil
+}
+
+func (o *buildOptions) parseSizes(d *disk) (err error) {
+	if o.size != "" && (o.free != "" || o.minimize) || o.free != "" && o.minimize {
+		return errors.New("only one of --size, --free and --minimize can be used")
+	}
+	if o.size != "" {
+		if d.layout.Size, err = sizeArg("size", o.size); err != nil {
+			return err
+		}
+		if d.layout.Size == 0 {
+			return errors.New("a disk of 0 bytes holds nothing")
+		}
+	}
+	if percent, ok := strings.CutSuffix(o.free, "%"); ok {
+		d.freePercent, err = strconv.ParseFloat(percent, 64)
+		if err != nil || !(d.freePercent > 0 && d.freePercent <= 1e6) {
+			return fmt.Errorf("--free is a size or a percentage above 0, not '%s'", o.free)
+		}
+	} else if o.free != "" {
+		if d.layout.Free, err = sizeArg("free space", o.free); err != nil {
+			return err
+		}
+		if d.layout.Free == 0 {
+			d.layout.Minimize = true
+		}
+	}
+	block, err := sizeArg("block size", o.blockSize)
+	if err != nil {
+		return err
+	}
+	if block != 1024 && block != 2048 && block != 4096 {
+		return fmt.Errorf("--block-size is 1k, 2k or 4k, not '%s'", o.blockSize)
+	}
+	d.layout.BlockSize = int(block)
+	if !(o.reserved >= 0 && o.reserved <= 50) {
+		return fmt.Errorf("--reserved is a percentage from 0 to 50, not %g", o.reserved)
+	}
+	if o.uuid != "" {
+		if d.layout.UUID, err = ext4img.ParseUUID(o.uuid); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// parseTree reads what changes the tree.
+func (o *buildOptions) parseTree(d *disk, getenv func(string) string) error {
+	if o.owner != "" {
+		uid, gid, ok := strings.Cut(o.owner, ":")
+		if !ok {
+			gid = uid
+		}
+		u, err1 := strconv.ParseUint(uid, 10, 32)
+		g, err2 := strconv.ParseUint(gid, 10, 32)
+		if err1 != nil || err2 != nil {
+			return fmt.Errorf("--owner is UID or UID:GID, in numbers, not '%s'", o.owner)
+		}
+		d.scan.Owner = &ext4img.Owner{UID: uint32(u), GID: uint32(g)}
+	}
+	if o.modeMask != "" {
+		m, err := strconv.ParseUint(o.modeMask, 8, 16)
+		if err != nil || m == 0 || m > 0o7777 {
+			return fmt.Errorf("--mode-mask is octal, from 1 to 7777, not '%s'", o.modeMask)
+		}
+		d.scan.ModeMask = uint16(m)
+	}
+	if s := getenv("SOURCE_DATE_EPOCH"); s != "" {
+		t, err := strconv.ParseInt(s, 10, 64)
+		if err != nil {
+			return fmt.Errorf("SOURCE_DATE_EPOCH is a number of seconds, not '%s'", s)
+		}
+		d.scan.MaxTime = &t
+		d.layout.Time = t
+	}
+	return nil
+}
+
+// excludeOutput leaves the output out of the disk if it lies in the source,
+// and says so if there is something to leave out.
+func (d *disk) excludeOutput(warn func(string)) error {
+	source, err := filepath.EvalSymlinks(d.source)
+	if err != nil {
+		return sourceError(err)
+	}
+	if source, err = filepath.Abs(source); err != nil {
+		return err
+	}
+	places := []string{d.output}
+	if target, err := filepath.EvalSymlinks(d.output); err == nil && target != d.output {
+		places = append(places, target)
+	}
+	for _, p := range places {
+		dir, err := filepath.EvalSymlinks(filepath.Dir(p))
+		if err != nil {
+			continue // the output cannot be made there, which is said later
+		}
+		if dir, err = filepath.Abs(dir); err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(source, filepath.Join(dir, filepath.Base(p)))
+		if err != nil || rel == "." || !filepath.IsLocal(rel) {
+			continue
+		}
+		d.scan.Exclude = append(d.scan.Exclude, "/"+literal(filepath.ToSlash(rel)))
+		if _, err := os.Lstat(p); err == nil {
+			warn(p + " is the output: it is left out")
+		}
+	}
+	return nil
+}
+
+// literal is the pattern that matches a path alone.
+func literal(path string) string {
+	return strings.NewReplacer(`\`, `\\`, "*", `\*`, "?", `\?`, "[", `\[`).Replace(path)
+}
+
+// sourceError says what is wrong with the source in few words.
+func sourceError(err error) error {
+	if errors.Is(err, fs.ErrPermission) {
+		return withHint(err, "Use --skip-unreadable to leave out what cannot be read.\n")
+	}
+	return err
+}
+
+// newLayout decides where everything goes.
+func (d *disk) newLayout(tree *ext4img.Tree) (*ext4img.Layout, error) {
+	if d.freePercent > 0 {
+		smallest := d.layout
+		smallest.Minimize = true
+		l, err := ext4img.NewLayout(tree, &smallest)
+		if err != nil {
+			return nil, err
+		}
+		d.layout.Free = int64(max(1, math.Round(float64(l.Size())*d.freePercent/100)))
+	}
+	l, err := ext4img.NewLayout(tree, &d.layout)
+	var small *ext4img.SizeError
+	if errors.As(err, &small) && small.MinSize > 0 {
+		return nil, withHint(err, fmt.Sprintf("Use --size %s or more.\n", sizeFlag(small.MinSize)))
+	}
+	return l, err
+}
+
+// sizeFlag is a size as a flag takes it, rounded up.
+func sizeFlag(n int64) string {
+	for _, u := range []struct {
+		suffix string
+		shift  uint
+	}{{"G", 30}, {"M", 20}, {"k", 10}} {
+		// A size that is large in a unit loses little by rounding.
+		if n>>u.shift >= 100 || n&(1<<u.shift-1) == 0 {
+			return strconv.FormatInt((n-1)>>u.shift+1, 10) + u.suffix
+		}
+	}
+	return strconv.FormatInt(n, 10)
+}
+
+// write makes the output.
+func (d *disk) write(ctx context.Context, layout *ext4img.Layout, progress *term.Progress) error {
+	out, err := newFile(d.output)
+	if err != nil {
+		return prefixed(d.output, err)
+	}
+	defer out.Abort()
+	wo := &ext4img.WriteOptions{Progress: progress.Update}
+	if d.qcow2 == nil {
+		err = writeRaw(ctx, out.File(), layout, wo)
+	} else {
+		err = d.writeQcow2(ctx, out.File(), layout, wo)
+	}
+	if err == nil {
+		err = ctx.Err()
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", d.output, err)
+	}
+	return out.Commit()
+}
+
+func writeRaw(ctx context.Context, f *blockdev.File, layout *ext4img.Layout, wo *ext4img.WriteOptions) error {
+	if err := f.Truncate(layout.Size()); err != nil {
+		return err
+	}
+	return layout.Write(ctx, f, wo)
+}
+
+func (d *disk) writeQcow2(ctx context.Context, f *blockdev.File, layout *ext4img.Layout, wo *ext4img.WriteOptions) error {
+	d.qcow2.Extents = layout.Extents()
+	img, err := qcow2.NewWriter(f, layout.Size(), d.qcow2)
+	if err != nil {
+		return err
+	}
+	defer img.Abort()
+	// A worker may wait inside img for a cluster that will not come any more.
+	stop := context.AfterFunc(ctx, img.Abort)
+	defer stop()
+	if err := layout.Write(ctx, img, wo); err != nil {
+		return err
+	}
+	return img.Finish()
+}
