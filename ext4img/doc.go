@@ -1,0 +1,30 @@
+// Package ext4img makes ext4 file systems from trees of files, without root,
+// without a mount and without any other program.
+//
+// A build has three steps, and nothing is written before the last:
+//
+//	Scan        source -> Tree: names, modes, owners, times, xattrs, holes; no content
+//	NewLayout   Tree -> Layout: every inode, block, extent, directory block, bitmap and
+//	            checksum decided; a pure function; a disk that is too small is refused here
+//	Write       Layout -> sink: written once, ascending, by several workers; holes and
+//	            unused tables are never written
+//
+// The file system is what mke2fs makes by default (journal, extents, 64bit,
+// flex_bg, metadata_csum, dir_index, resize_inode, sparse_super and the rest),
+// with hashed directories already indexed. It mounts read-write and grows
+// online.
+//
+// Kept exactly: contents, holes, modes with setuid, setgid and sticky, 32-bit
+// owners, mtimes to the nanosecond from 1901 to 2446, hard links, symlinks,
+// fifos, sockets, device numbers of 12:20 bits, names of any bytes, xattrs of
+// the namespaces that ext4 has (POSIX ACLs in ext4's own encoding, values over
+// one block in inodes of their own), and the root directory's own metadata.
+// Not kept: atime and ctime, which every copy of a tree changes; both are set
+// to the mtime, as is the creation time.
+//
+// The same tree and options give the same bytes: neither the clock, nor the
+// order of readdir, nor the number of workers has a say. UUID and hash seed are
+// derived from the tree unless given.
+//
+// The format is specified by the kernel's Documentation/filesystems/ext4.
+package ext4img

@@ -1,0 +1,44 @@
+package ext4img
+
+import "encoding/binary"
+
+// journalBlocks is the size of a journal in a file system of that many
+// blocks, in blocks: mke2fs's default (lib/ext2fs/mkjournal.c,
+// ext2fs_default_journal_size). 0: too small for one.
+func journalBlocks(blocks int64) int64 {
+	for _, s := range [...]struct{ below, size int64 }{
+		{2048, 0}, {32768, 1024}, {256 << 10, 4096}, {512 << 10, 8192}, {4096 << 10, 16384},
+		{8192 << 10, 32768}, {16384 << 10, 65536}, {32768 << 10, 131072},
+	} {
+		if blocks < s.below {
+			return s.size
+		}
+	}
+	return 262144
+}
+
+// journalDiskInode is inode 8. Its blocks are allocated and, but for the
+// first, zero.
+func (l *Layout) journalDiskInode() *diskInode {
+	o := object{l.journalPos, []run{{0, l.journalBlocks}}}
+	n := &diskInode{
+		mode: modeReg | 0o600, links: 1, size: l.journalBlocks * l.geo.blockSize, sec: l.time, flags: extentsFl,
+		blocks: l.journalBlocks + l.treeBlocksOf(o),
+	}
+	l.geo.putExtentRoot(n.block[:], o, l.journalBlocks)
+	return n
+}
+
+// putJournalSuperblock writes the first block of an empty journal, which is
+// big-endian (kernel: Documentation/filesystems/ext4/journal.rst).
+func (l *Layout) putJournalSuperblock(b []byte) {
+	be := binary.BigEndian
+	be.PutUint32(b, 0xc03b3998)                     // h_magic
+	be.PutUint32(b[4:], 4)                          // h_blocktype: superblock v2
+	be.PutUint32(b[0xc:], uint32(l.geo.blockSize))  // s_blocksize
+	be.PutUint32(b[0x10:], uint32(l.journalBlocks)) // s_maxlen
+	be.PutUint32(b[0x14:], 1)                       // s_first
+	be.PutUint32(b[0x18:], 1)                       // s_sequence
+	copy(b[0x30:0x40], l.uuid[:])                   // s_uuid
+	be.PutUint32(b[0x40:], 1)                       // s_nr_users
+}
