@@ -168,6 +168,9 @@ func parseJSONReference(s string) (reference, error) {
 		case "driver":
 			r.format = value
 		case "filename", "file.filename":
+			if r.path != "" {
+				return r, fmt.Errorf("qcow2: json:%s: two file names: %w", s, ErrBacking)
+			}
 			r.path = value
 		case "file.driver":
 			if value != "file" {
