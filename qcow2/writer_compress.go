@@ -31,8 +31,7 @@ func newCompressor(typ CompressionType, clusterSize int64) (*compressor, error) 
 	}
 	if typ == CompressionZstd {
 		var err error
-		// QEMU stops when the cluster is full and takes a checksum behind it
-		// for a frame that has not ended.
+		// One frame without a checksum, as QEMU writes it.
 		c.zstd, err = zstd.NewWriter(nil, zstd.WithEncoderCRC(false), zstd.WithLowerEncoderMem(true),
 			zstd.WithWindowSize(max(zstd.MinWindowSize, int(clusterSize))))
 		return c, err
