@@ -263,3 +263,49 @@ func TestCreatePreallocates(t *testing.T) {
 		t.Errorf("cancelled: the header is there: %x, %v", b, err)
 	}
 }
+
+// Set takes and refuses what -o of qemu-img does, in the same words.
+func TestCreateOptionsSet(t *testing.T) {
+	oracle.Require(t, "qemu-img")
+	for i, option := range []string{
+		"compat=0.10", "compat=1.1", "compat=v2", "compat=v3", "compat=3", "compat=", "cluster_size=64k", "cluster_size=4096",
+		"cluster_size=0x10000", "cluster_size=0.5k", "cluster_size=1M", "cluster_size=3K", "cluster_size=foo", "cluster_size=64x",
+		"cluster_size=-1", "cluster_size=0", "cluster_size=k", "cluster_size=", "refcount_bits=8", "refcount_bits=foo",
+		"refcount_bits=0", "refcount_bits=-1", "refcount_bits=4294967312", "lazy_refcounts=yes", "lazy_refcounts=off",
+		"lazy_refcounts=1", "extended_l2=on", "extended_l2=maybe", "data_file_raw=off", "data_file_raw=2", "compression_type=zstd",
+		"compression_type=zlib", "compression_type=ZLIB", "preallocation=metadata", "preallocation=full", "preallocation=",
+		"backing_file=", "encryption=off", "encryption=perhaps", "foo=bar", "encrypt.foo=1",
+	} {
+		ours, theirs := filepath.Join(t.TempDir(), "a"), filepath.Join(t.TempDir(), "b")
+		for _, dir := range []string{ours, theirs} {
+			if err := os.Mkdir(dir, 0o777); err != nil {
+				t.Fatal(err)
+			}
+		}
+		c := createCase{"-o " + option, 1 << 20, qcow2.CreateOptions{}}
+		r := qemuCreate(t, theirs, c)
+		name, value, _ := strings.Cut(option, "=")
+		err := c.opts.Set(name, value)
+		if err == nil {
+			err = createImage(t, ours, c)
+		}
+		if (err == nil) != (r.Code == 0) {
+			t.Errorf("%d: %s: %v, qemu-img: %s", i, option, err, r.Stderr)
+			continue
+		}
+		if err != nil {
+			if got := fmt.Sprintf("qemu-img: %s: %v\n", filepath.Join(theirs, "image"), err); got != r.Stderr {
+				t.Errorf("%s:\n%sqemu-img says:\n%s", option, got, r.Stderr)
+			}
+			continue
+		}
+		if d := cmp.Diff(qemuInfo(t, theirs), qemuInfo(t, ours)); d != "" {
+			t.Errorf("%s: qemu-img info (-theirs +ours):\n%s", option, d)
+		}
+	}
+	for _, option := range []string{"encryption", "encrypt.format", "encrypt.key-secret"} {
+		if err := new(qcow2.CreateOptions).Set(option, "on"); !errors.Is(err, qcow2.ErrUnsupported) || !strings.Contains(err.Error(), option) {
+			t.Errorf("%s: %v", option, err)
+		}
+	}
+}
