@@ -164,7 +164,7 @@ func (o *buildOptions) parseFormat(d *disk) error {
 		return nil
 	case "qcow2":
 	default:
-		return fmt.Errorf("Unknown file format '%s'", format)
+		return messagef("Unknown file format '%s'", format)
 	}
 	cluster, err := sizeArg("cluster size", o.clusterSize)
 	if err != nil {
@@ -250,7 +250,7 @@ func (o *buildOptions) parseTree(d *disk, getenv func(string) string) error {
 	if s := getenv("SOURCE_DATE_EPOCH"); s != "" {
 		t, err := strconv.ParseInt(s, 10, 64)
 		if err != nil {
-			return fmt.Errorf("SOURCE_DATE_EPOCH is a number of seconds, not '%s'", s)
+			return messagef("SOURCE_DATE_EPOCH is a number of seconds, not '%s'", s)
 		}
 		d.scan.MaxTime = &t
 		d.layout.Time = t

@@ -2,7 +2,6 @@ package cli
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -49,7 +48,7 @@ func runCheck(ctx context.Context, host Host, o *checkOptions, args []string) er
 		return err
 	}
 	if !slices.Contains([]string{"none", "off", "writeback", "unsafe", "directsync", "writethrough"}, o.cache) {
-		return fmt.Errorf("Invalid source cache option: %s", o.cache)
+		return messagef("Invalid source cache option: %s", o.cache)
 	}
 	img, err := openImage(args[0], &openOptions{format: o.format, forceShare: o.forceShare, chain: true})
 	if err != nil {
@@ -57,7 +56,7 @@ func runCheck(ctx context.Context, host Host, o *checkOptions, args []string) er
 	}
 	defer img.close()
 	if img.qcow2 == nil {
-		return &cmdError{code: exitNoCheck, err: errors.New("This image format does not support checks")}
+		return &cmdError{code: exitNoCheck, err: messagef("This image format does not support checks")}
 	}
 	res, err := img.qcow2.Check(ctx, &qcow2.CheckOptions{
 		Found: func(f qcow2.Finding) { fmt.Fprintln(host.Err, f) },
@@ -66,7 +65,7 @@ func runCheck(ctx context.Context, host Host, o *checkOptions, args []string) er
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		return fmt.Errorf("Check failed: %w", err)
+		return messagef("Check failed: %w", err)
 	}
 	switch {
 	case o.quiet:
@@ -77,7 +76,7 @@ func runCheck(ctx context.Context, host Host, o *checkOptions, args []string) er
 	}
 	switch {
 	case res.CheckErrors > 0:
-		return errors.New("Check failed")
+		return messagef("Check failed")
 	case res.Corruptions > 0:
 		return exit(exitCorrupt)
 	case res.Leaks > 0:

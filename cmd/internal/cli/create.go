@@ -124,7 +124,7 @@ func formatOptions(format string) ([]optionDesc, error) {
 			{"refcount_bits", numberOption, "Width of a reference count entry in bits", "16"},
 		}, nil
 	}
-	return nil, fmt.Errorf("Unknown file format '%s'", format)
+	return nil, messagef("Unknown file format '%s'", format)
 }
 
 // fileOptions are the options of the file that an image lies in, without
@@ -159,16 +159,16 @@ func create(ctx context.Context, host Host, o *createOptions, list, name string,
 		return err
 	}
 	if opts.has("size") && size != noSize {
-		return errors.New("The image size must be specified only once")
+		return messagef("The image size must be specified only once")
 	}
 	if size != noSize {
 		opts.values["size"] = strconv.FormatUint(size, 10)
 	}
 	if o.backing != "" && opts.set("backing_file", o.backing) != nil {
-		return fmt.Errorf("Backing file not supported for file format '%s'", o.format)
+		return messagef("Backing file not supported for file format '%s'", o.format)
 	}
 	if o.backingFormat != "" && opts.set("backing_fmt", o.backingFormat) != nil {
-		return fmt.Errorf("Backing file format not supported for file format '%s'", o.format)
+		return messagef("Backing file format not supported for file format '%s'", o.format)
 	}
 	if backing := opts.str("backing_file"); opts.has("backing_file") {
 		if err := checkBacking(name, backing, o, opts); err != nil {
@@ -176,13 +176,13 @@ func create(ctx context.Context, host Host, o *createOptions, list, name string,
 		}
 	}
 	if !opts.has("size") {
-		return errors.New("Image creation needs a size parameter")
+		return messagef("Image creation needs a size parameter")
 	}
 	if !o.quiet {
 		fmt.Fprintf(host.Out, "Formatting '%s', fmt=%s %s\n", name, o.format, opts)
 	}
 	if opts.uint("size") > math.MaxInt64 {
-		return fmt.Errorf("The image size is too large for file format '%s'", o.format)
+		return messagef("The image size is too large for file format '%s'", o.format)
 	}
 	if o.format == "raw" {
 		return createRaw(ctx, path, opts)
@@ -195,14 +195,14 @@ func create(ctx context.Context, host Host, o *createOptions, list, name string,
 func checkBacking(name, backing string, o *createOptions, opts *optionList) error {
 	switch {
 	case backing == name:
-		return errors.New("Error: Trying to create an image with the same filename as the backing file")
+		return messagef("Error: Trying to create an image with the same filename as the backing file")
 	case backing == "":
-		return errors.New("Expected backing file name, got empty string")
+		return messagef("Expected backing file name, got empty string")
 	}
 	format := opts.str("backing_fmt")
 	if o.noOpen {
 		if format == "" {
-			return errors.New("Backing file specified without backing format")
+			return messagef("Backing file specified without backing format")
 		}
 		return nil
 	}
@@ -213,7 +213,7 @@ func checkBacking(name, backing string, o *createOptions, opts *optionList) erro
 	}
 	defer img.close()
 	if format == "" {
-		return withHint(errors.New("Backing file specified without backing format"),
+		return withHint(messagef("Backing file specified without backing format"),
 			fmt.Sprintf("Detected format of %s.", img.format))
 	}
 	if !opts.has("size") {
@@ -231,7 +231,7 @@ func newFile(path string) (*blockdev.Output, error) {
 	case errors.As(err, &lock):
 		return nil, withHint(errors.New(lock.Reason()), lockHint(path))
 	case errors.As(err, &errno):
-		return nil, fmt.Errorf("Could not create '%s': %s", path, strerror(errno))
+		return nil, messagef("Could not create '%s': %s", path, strerror(errno))
 	}
 	return out, err
 }
@@ -310,17 +310,17 @@ func qcow2Options(opts *optionList) (*qcow2.CreateOptions, error) {
 	}
 	var ok bool
 	if fo.Version, ok = parseCompat(opts.str("compat")); !ok {
-		return nil, fmt.Errorf("Parameter 'version' does not accept value '%s'", opts.str("compat"))
+		return nil, messagef("Parameter 'version' does not accept value '%s'", opts.str("compat"))
 	}
 	if fo.Compression, ok = parseCompression(opts.str("compression_type")); !ok {
-		return nil, fmt.Errorf("Parameter 'compression-type' does not accept value '%s'", opts.str("compression_type"))
+		return nil, messagef("Parameter 'compression-type' does not accept value '%s'", opts.str("compression_type"))
 	}
 	mode := opts.str("preallocation")
 	if fo.Preallocation, ok = parsePreallocation(mode); !ok {
-		return nil, fmt.Errorf("Parameter 'preallocation' does not accept value '%s'", mode)
+		return nil, messagef("Parameter 'preallocation' does not accept value '%s'", mode)
 	}
 	if f := fo.BackingFormat; f != "" && f != "raw" && f != "qcow2" {
-		return nil, fmt.Errorf("Parameter 'backing-fmt' does not accept value '%s'", f)
+		return nil, messagef("Parameter 'backing-fmt' does not accept value '%s'", f)
 	}
 	return fo, nil
 }
@@ -380,7 +380,7 @@ func localPath(name string) (string, error) {
 		return name, nil
 	}
 	if proto != "file" {
-		return "", fmt.Errorf("Unknown protocol '%s'", proto)
+		return "", messagef("Unknown protocol '%s'", proto)
 	}
 	return strings.TrimPrefix(name, "file:"), nil
 }

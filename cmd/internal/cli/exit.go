@@ -34,6 +34,9 @@ func (e *cmdError) Error() string {
 
 func (e *cmdError) Unwrap() error { return e.err }
 
+// messagef is an error in the words of qemu-img, which begin in upper case.
+func messagef(format string, args ...any) error { return fmt.Errorf(format, args...) }
+
 // exit ends a command with a status and no message.
 func exit(code int) error { return &cmdError{code: code} }
 

@@ -38,7 +38,7 @@ func newInfo(host Host) *cobra.Command {
 // checkOutput checks the value of --output.
 func checkOutput(output string) error {
 	if output != "human" && output != "json" {
-		return fmt.Errorf("--output must be used with human or json as argument.")
+		return messagef("--output must be used with human or json as argument.")
 	}
 	return nil
 }
@@ -54,7 +54,7 @@ func runInfo(host Host, o *infoOptions, args []string) error {
 	seen := map[string]bool{}
 	for name, format := args[0], o.format; name != ""; {
 		if seen[name] {
-			return fmt.Errorf("Backing file '%s' creates an infinite loop.", name)
+			return messagef("Backing file '%s' creates an infinite loop.", name)
 		}
 		seen[name] = true
 		info, err := queryInfo(name, &openOptions{format: format, forceShare: o.forceShare})
@@ -158,7 +158,11 @@ func qcow2Specific(img *qcow2.Image, h *qcow2.Header) (object, error) {
 	case qcow2.CryptAES:
 		o.add("encrypt", object{{"format", "aes"}})
 	case qcow2.CryptLUKS:
-		o.add("encrypt", object{{"format", "luks"}})
+		luks, _, err := img.LUKS()
+		if err != nil {
+			return nil, err
+		}
+		o.add("encrypt", luksObject(&luks))
 	}
 	if h.IncompatibleFeatures&qcow2.IncompatDataFile != 0 {
 		o.add("data-file-raw", h.AutoclearFeatures&qcow2.AutoclearDataFileRaw != 0)
@@ -168,6 +172,36 @@ func qcow2Specific(img *qcow2.Image, h *qcow2.Header) (object, error) {
 		o.add("extended-l2", h.IncompatibleFeatures&qcow2.IncompatExtendedL2 != 0)
 	}
 	return o, nil
+}
+
+func luksObject(h *qcow2.LUKSHeader) object {
+	// The mode is that of the cipher, then how its vectors are made: xts-plain64,
+	// cbc-essiv:sha256.
+	mode, ivgen, _ := strings.Cut(h.CipherMode, "-")
+	ivgen, ivhash, _ := strings.Cut(ivgen, ":")
+	bits := h.MasterKeyLen * 8
+	if mode == "xts" {
+		bits /= 2 // two keys
+	}
+	slots := []any{}
+	for _, s := range h.KeySlots {
+		slot := object{{"active", s.Active}}
+		if s.Active {
+			slot.add("iters", int64(s.Iterations))
+		}
+		slot.add("key-offset", s.KeyOffset)
+		if s.Active {
+			slot.add("stripes", int64(s.Stripes))
+		}
+		slots = append(slots, slot)
+	}
+	o := object{{"ivgen-alg", ivgen}, {"hash-alg", h.HashSpec}, {"cipher-alg", fmt.Sprintf("%s-%d", h.CipherName, bits)},
+		{"uuid", h.UUID}}
+	if ivhash != "" {
+		o.add("ivgen-hash-alg", ivhash)
+	}
+	return append(o, object{{"format", "luks"}, {"cipher-mode", mode}, {"slots", slots},
+		{"payload-offset", h.PayloadOffset}, {"master-key-iters", int64(h.MasterKeyIterations)}}...)
 }
 
 func bitmapList(bitmaps []qcow2.Bitmap) []any {

@@ -40,7 +40,7 @@ func openImage(arg string, o *openOptions) (*image, error) {
 		format = o.format
 	}
 	if format != "" && format != "raw" && format != "qcow2" {
-		return nil, fmt.Errorf("Unknown driver '%s'", format)
+		return nil, messagef("Unknown driver '%s'", format)
 	}
 	f, err := blockdev.OpenFile(name, &blockdev.FileOptions{ForceShare: o.forceShare})
 	if err != nil {
@@ -64,7 +64,7 @@ func openImage(arg string, o *openOptions) (*image, error) {
 	if err != nil {
 		f.Close()
 		if errors.Is(err, qcow2.ErrFormat) {
-			return nil, errors.New("Image is not in qcow2 format")
+			return nil, messagef("Image is not in qcow2 format")
 		}
 		return nil, err
 	}
@@ -105,9 +105,9 @@ func probe(f *blockdev.File) (string, error) {
 func couldNotOpen(name string, err error) error {
 	var cmd *cmdError
 	if errors.As(err, &cmd) {
-		return withHint(fmt.Errorf("Could not open '%s': %w", name, cmd.err), cmd.hint)
+		return withHint(messagef("Could not open '%s': %w", name, cmd.err), cmd.hint)
 	}
-	return fmt.Errorf("Could not open '%s': %w", name, err)
+	return messagef("Could not open '%s': %w", name, err)
 }
 
 // openError puts an error of the file system in qemu-img's words.
@@ -121,7 +121,7 @@ func openError(name string, err error) error {
 		return fmt.Errorf("'file' driver requires '%s' to be a regular file", name)
 	}
 	if errors.As(err, &errno) {
-		return fmt.Errorf("Could not open '%s': %s", name, strerror(errno))
+		return messagef("Could not open '%s': %s", name, strerror(errno))
 	}
 	return err
 }
@@ -152,7 +152,7 @@ func resolveName(name string) (path, format string, err error) {
 		FileName string `json:"file.filename"`
 	}
 	if err := json.Unmarshal([]byte(js), &o); err != nil {
-		return "", "", fmt.Errorf("Could not parse the JSON options: %w", err)
+		return "", "", messagef("Could not parse the JSON options: %w", err)
 	}
 	if o.Driver == "file" {
 		return o.Filename, "", nil
@@ -162,7 +162,7 @@ func resolveName(name string) (path, format string, err error) {
 		path = o.FileName
 	}
 	if path == "" {
-		return "", "", fmt.Errorf("JSON options name no file: %s", js)
+		return "", "", messagef("JSON options name no file: %s", js)
 	}
 	return path, o.Driver, nil
 }

@@ -47,7 +47,7 @@ func joinOptions(args []string) (string, error) {
 	for _, a := range args {
 		tail := len(a) - len(strings.TrimRight(a, ","))
 		if a == "" || a[0] == ',' || tail%2 != 0 {
-			return "", fmt.Errorf("Invalid option list: %s", a)
+			return "", messagef("Invalid option list: %s", a)
 		}
 	}
 	return strings.Join(args, ","), nil
@@ -119,29 +119,29 @@ func (l *optionList) index(name string) int {
 func (l *optionList) set(name, value string) error {
 	i := l.index(name)
 	if i < 0 {
-		return fmt.Errorf("Invalid parameter '%s'", name)
+		return messagef("Invalid parameter '%s'", name)
 	}
 	switch l.descs[i].typ {
 	case boolOption:
 		if _, err := parseBool(value); err != nil {
-			return fmt.Errorf("Parameter '%s' expects 'on' or 'off'", name)
+			return messagef("Parameter '%s' expects 'on' or 'off'", name)
 		}
 	case numberOption:
 		n, err := strconv.ParseUint(value, 0, 64)
 		if errors.Is(err, strconv.ErrRange) {
-			return fmt.Errorf("Value '%s' is too large for parameter '%s'", value, name)
+			return messagef("Value '%s' is too large for parameter '%s'", value, name)
 		}
 		if err != nil {
-			return fmt.Errorf("Parameter '%s' expects a number", name)
+			return messagef("Parameter '%s' expects a number", name)
 		}
 		value = strconv.FormatUint(n, 10)
 	case sizeOption:
 		n, err := parseSize(value)
 		if errors.Is(err, errSizeRange) {
-			return fmt.Errorf("Value '%s' is out of range for parameter '%s'", value, name)
+			return messagef("Value '%s' is out of range for parameter '%s'", value, name)
 		}
 		if err != nil {
-			return withHint(fmt.Errorf("Parameter '%s' expects a non-negative number below 2^64", name),
+			return withHint(messagef("Parameter '%s' expects a non-negative number below 2^64", name),
 				"Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively.\n")
 		}
 		value = strconv.FormatUint(n, 10)

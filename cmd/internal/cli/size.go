@@ -2,7 +2,6 @@ package cli
 
 import (
 	"errors"
-	"fmt"
 	"math"
 	"math/bits"
 	"strconv"
@@ -88,11 +87,11 @@ func digits(s string, is func(byte) bool) int {
 func sizeArg(what, s string) (int64, error) {
 	v, err := parseSize(s)
 	if errors.Is(err, errSizeSyntax) {
-		return 0, fmt.Errorf("Invalid %s specified. You may use k, M, G, T, P or E suffixes for\n"+
+		return 0, messagef("Invalid %s specified. You may use k, M, G, T, P or E suffixes for\n"+
 			"kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.", what)
 	}
 	if err != nil || v > math.MaxInt64 {
-		return 0, fmt.Errorf("Invalid %s specified. Must be between 0 and %d.", what, int64(math.MaxInt64))
+		return 0, messagef("Invalid %s specified. Must be between 0 and %d.", what, int64(math.MaxInt64))
 	}
 	return int64(v), nil
 }
