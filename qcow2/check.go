@@ -184,6 +184,11 @@ type checker struct {
 	visits l2Visits // of all L2 tables that are aligned
 
 	done, total int64
+	buf         []byte // of readL2
+
+	// The part of a refcount block used last, and its clusters.
+	slice      []byte
+	start, end int64
 }
 
 // Check compares all refcounts with the references that the tables of the
@@ -244,12 +249,52 @@ func (c *checker) read(off, n int64) ([]byte, error) {
 		return nil, err
 	}
 	b, err := readTable(c.im.dev, off, n)
-	c.done += int64(len(b))
+	c.progress(int64(len(b)))
+	return b, err
+}
+
+func (c *checker) progress(n int64) {
+	c.done += n
 	if c.opts.Progress != nil {
 		c.opts.Progress(min(c.done, c.total), c.total)
 	}
-	return b, err
 }
+
+// readL2 returns the L2 table at off, valid until the next call.
+func (c *checker) readL2(off int64) ([]byte, error) {
+	if err := c.ctx.Err(); err != nil {
+		return nil, err
+	}
+	if c.buf == nil {
+		c.buf = make([]byte, c.im.geo.clusterSize)
+	}
+	if off >= c.fileSz {
+		return nil, nil
+	}
+	if err := readFull(c.im.dev, c.buf, off); err != nil {
+		return nil, fmt.Errorf("qcow2: check: l2 table at %#x: %w", off, err)
+	}
+	c.progress(int64(len(c.buf)))
+	return c.buf, nil
+}
+
+// refcount returns the stored refcount of a cluster.
+func (c *checker) refcount(cluster int64) (uint64, error) {
+	if cluster < c.start || cluster >= c.end {
+		b, err := c.im.refcountSlice(c.table, cluster)
+		if err != nil {
+			return 0, err
+		}
+		n := c.perSlice()
+		c.slice, c.start = b, cluster&^(n-1)
+		c.end = c.start + n
+	}
+	return c.im.geo.refcountIn(c.slice, cluster), nil
+}
+
+// perSlice returns how many refcounts refcountSlice has at once, a power of
+// two.
+func (c *checker) perSlice() int64 { return c.im.sliceSize() * 8 / int64(c.im.geo.refcountBits) }
 
 // refer counts k references to each cluster of n bytes at off.
 func (c *checker) refer(off, n, k int64) {
@@ -413,9 +458,9 @@ func (c *checker) checkL1(off, size, k int64, active bool) error {
 // checkL2 checks an L2 table and counts what it refers to.
 func (c *checker) checkL2(v l2Visit) error {
 	g := &c.im.geo
-	b, err := c.read(v.off, g.clusterSize)
+	b, err := c.readL2(v.off)
 	if err != nil {
-		return fmt.Errorf("qcow2: check: l2 table at %#x: %w", v.off, err)
+		return err
 	}
 	next := int64(0) // where the last cluster ends
 	for i := 0; int64(i)+g.l2EntrySize <= int64(len(b)); i += int(g.l2EntrySize) {
@@ -556,7 +601,7 @@ func (c *checker) compareRefcounts() error {
 	highest := int64(0)
 	// Go by parts of refcount blocks, and pass over those without refcounts
 	// or references.
-	step := min(c.im.sliceSize()*8/int64(g.refcountBits), refcountChunk)
+	step := min(c.perSlice(), refcountChunk)
 	for start := int64(0); start < c.refs.n; start += step {
 		if err := c.ctx.Err(); err != nil {
 			return err
@@ -607,7 +652,7 @@ func (c *checker) checkCopied() error {
 		if l2 == 0 {
 			continue
 		}
-		stored, err := c.im.refcount(c.table, l2>>g.clusterBits)
+		stored, err := c.refcount(l2 >> g.clusterBits)
 		if errors.Is(err, ErrCorrupt) {
 			continue // compareRefcounts has told
 		} else if err != nil {
@@ -629,9 +674,9 @@ func (c *checker) checkCopied() error {
 
 func (c *checker) checkCopiedL2(l2, k int64) error {
 	g := &c.im.geo
-	b, err := c.read(l2, g.clusterSize)
+	b, err := c.readL2(l2)
 	if err != nil {
-		return fmt.Errorf("qcow2: check: l2 table at %#x: %w", l2, err)
+		return err
 	}
 	for i := 0; int64(i)+g.l2EntrySize <= int64(len(b)); i += int(g.l2EntrySize) {
 		entry := binary.BigEndian.Uint64(b[i:])
@@ -640,7 +685,7 @@ func (c *checker) checkCopiedL2(l2, k int64) error {
 		}
 		stored := uint64(1) // of clusters in an external data file
 		if !g.dataFile {
-			stored, err = c.im.refcount(c.table, int64(entry&l2OffsetMask)>>g.clusterBits)
+			stored, err = c.refcount(int64(entry&l2OffsetMask) >> g.clusterBits)
 			if errors.Is(err, ErrCorrupt) {
 				continue // compareRefcounts has told
 			} else if err != nil {

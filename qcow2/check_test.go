@@ -2,9 +2,15 @@ package qcow2_test
 
 import (
 	"context"
+	"encoding/binary"
+	"encoding/json"
 	"errors"
+	"math/rand/v2"
+	"path/filepath"
+	"qimg/qcow2/blockdev/oracle"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -88,5 +94,245 @@ func TestCheckCancel(t *testing.T) {
 	cancel()
 	if _, err := im.Check(ctx, nil); !errors.Is(err, context.Canceled) {
 		t.Fatal(err)
+	}
+}
+
+// TestFindings: an image for each kind, and qemu-img's totals for it.
+func TestFindings(t *testing.T) {
+	const copied, compressed = 1 << 63, 1 << 62
+	tiny := func(change func(x *qcow2.Tiny)) func() []byte {
+		return func() []byte {
+			x := qcow2.NewTiny()
+			change(x)
+			return x.Bytes()
+		}
+	}
+	put := func(off int, entry uint64) func() []byte {
+		return tiny(func(x *qcow2.Tiny) { x.Put(off, entry) })
+	}
+	// large is an image of 16 KiB clusters with extended L2 entries: header,
+	// refcount table, refcount block, L1 table, L2 table, data.
+	large := func(entry, bitmap uint64) func() []byte {
+		return func() []byte {
+			const c = 16 << 10
+			x := qcow2.NewTiny()
+			x.Header.ClusterBits, x.Header.IncompatibleFeatures = 14, qcow2.IncompatExtendedL2
+			x.Header.RefcountTableOffset, x.Header.L1TableOffset = c, 3*c
+			x.Image = make([]byte, 6*c)
+			x.Put(c, 2*c)
+			for i := range 6 {
+				x.Image[2*c+2*i+1] = 1
+			}
+			x.Put(3*c, 4*c|copied)
+			x.Put(4*c, entry)
+			x.Put(4*c+8, bitmap)
+			return x.Bytes()
+		}
+	}
+	// one snapshot, whose table lies in a cluster at the end.
+	snapshot := func(l1 uint64, size uint32, more func(x *qcow2.Tiny)) func() []byte {
+		return tiny(func(x *qcow2.Tiny) {
+			x.Header.NbSnapshots, x.Header.SnapshotsOffset = 1, qcow2.TinyEnd
+			x.Image = append(x.Image, make([]byte, 512)...)
+			x.Put(qcow2.TinyEnd, l1)
+			x.Put(qcow2.TinyEnd+8, uint64(size)<<32|1<<16|1)
+			x.Put(qcow2.TinyEnd+32, 16)
+			x.Put(qcow2.TinyEnd+48, qcow2.TinySize)
+			copy(x.Image[qcow2.TinyEnd+56:], "1s")
+			x.Image[qcow2.TinyRefblock+2*7+1] = 1
+			if more != nil {
+				more(x)
+			}
+		})
+	}
+	for _, c := range []struct {
+		name  string
+		kind  qcow2.FindingKind
+		image func() []byte
+		// only tells why qemu-img does not find the same; "" if it does.
+		only string
+	}{
+		{"refcount too low", qcow2.RefcountTooLow, tiny(func(x *qcow2.Tiny) { x.Image[qcow2.TinyRefblock+11] = 0 }), ""},
+		{"refcount too high", qcow2.RefcountTooHigh, tiny(func(x *qcow2.Tiny) { x.Image[qcow2.TinyRefblock+11] = 9 }), ""},
+		{"leak", qcow2.RefcountTooHigh, put(qcow2.TinyL2, 0), ""},
+		{"overflow", qcow2.RefcountOverflow, tiny(func(x *qcow2.Tiny) {
+			x.Header.RefcountOrder = 0
+			x.Put(qcow2.TinyRefblock, 0x7f<<56)
+			x.Put(qcow2.TinyRefblock+8, 0)
+			x.Put(qcow2.TinyL2+24, qcow2.TinyData|copied)
+		}), ""},
+		{"beyond the end", qcow2.BeyondEnd, put(qcow2.TinyL2, 1<<40|copied), ""},
+		{"l1 reserved", qcow2.L1Reserved, put(qcow2.TinyL1, qcow2.TinyL2|copied|1), ""},
+		{"l2 table unaligned", qcow2.L2TableUnaligned, func() []byte {
+			b := large(5*16<<10|copied, 1)()
+			b[3*16<<10+6] ^= 2 // the L2 table at 0x10200
+			return b
+		}, "qemu-img reads on at the wrong place"},
+		{"l2 reserved", qcow2.L2Reserved, put(qcow2.TinyL2, qcow2.TinyData|copied|2), ""},
+		{"zero flag in version 2", qcow2.ZeroFlagVersion2, tiny(func(x *qcow2.Tiny) { x.Header.Version = 2 }), "qemu-img does not look"},
+		{"compressed with copied flag", qcow2.CompressedCopied, put(qcow2.TinyL2+16, qcow2.TinyPacked|compressed|copied), ""},
+		{"compressed with subclusters", qcow2.CompressedSubclusters, large(5*16<<10|compressed, 1), ""},
+		{"subclusters allocated and zero", qcow2.SubclustersContradict, large(5*16<<10|copied, 1<<32|1), ""},
+		{"subclusters without a cluster", qcow2.SubclustersUnallocated, large(0, 1), ""},
+		{"data unaligned", qcow2.DataUnaligned, large(5*16<<10|copied|0x200, 1), ""},
+		{"preallocated unaligned", qcow2.PreallocatedUnaligned, large(5*16<<10|copied|0x200, 1<<32), ""},
+		{"l1 copied", qcow2.L1Copied, put(qcow2.TinyL1, qcow2.TinyL2), ""},
+		{"l2 copied", qcow2.L2Copied, put(qcow2.TinyL2, qcow2.TinyData), ""},
+		{"snapshot l1 unaligned", qcow2.SnapshotL1Unaligned, snapshot(qcow2.TinyL1+8, 1, nil), ""},
+		{"snapshot l1 too large", qcow2.SnapshotL1TooLarge, snapshot(qcow2.TinyL1, 1<<23, nil), ""},
+		{"snapshot", qcow2.RefcountTooLow, snapshot(qcow2.TinyL1, 1, nil), ""},
+		{"refcount table reserved", qcow2.RefcountTableReserved, put(qcow2.TinyReftable+8, 1), ""},
+		{"refcount block unaligned", qcow2.RefcountBlockUnaligned, func() []byte {
+			b := large(0, 0)()
+			b[16<<10+6] ^= 2
+			return b
+		}, ""},
+		{"refcount unreadable", qcow2.RefcountUnreadable, func() []byte {
+			b := large(0, 0)()
+			b[16<<10+6] ^= 2
+			return b
+		}, ""},
+		{"refcount block beyond the end", qcow2.RefcountBlockBeyondEnd, put(qcow2.TinyReftable+8, 1<<40), ""},
+		{"refcount block shared", qcow2.RefcountBlockShared, put(qcow2.TinyReftable+8, qcow2.TinyRefblock), ""},
+		{"bitmap directory", qcow2.BitmapDirectoryBad, tiny(func(x *qcow2.Tiny) { bitmaps(x, 0) }), "qemu-img ends the check there"},
+		{"bitmap table entry", qcow2.BitmapTableEntryBad, tiny(func(x *qcow2.Tiny) { bitmaps(x, 2) }), "qemu-img ends the check there"},
+		{"good bitmap", 0, tiny(func(x *qcow2.Tiny) { bitmaps(x, 1) }), ""},
+		{"good", 0, tiny(func(*qcow2.Tiny) {}), ""},
+		{"good with extended L2 entries", 0, large(5*16<<10|copied, 1), ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			b := c.image()
+			seen := c.kind == 0
+			res, err := open(t, b).Check(t.Context(), &qcow2.CheckOptions{Found: func(f qcow2.Finding) {
+				seen = seen || f.Kind == c.kind
+				t.Log(f)
+			}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !seen {
+				t.Errorf("not found; %+v", res)
+			}
+			if c.kind == 0 && checkExit(res) != 0 {
+				t.Errorf("%+v for a good image", res)
+			}
+			if c.only == "" {
+				compareCheck(t, b, res)
+			}
+		})
+	}
+}
+
+// bitmaps adds a bitmap with a table of one entry.
+func bitmaps(x *qcow2.Tiny, entry uint64) {
+	x.Header.AutoclearFeatures = qcow2.AutoclearBitmaps
+	ext := make([]byte, 24)
+	ext[3], ext[15] = 1, 32
+	binary.BigEndian.PutUint64(ext[16:], qcow2.TinyEnd)
+	x.Header.Extensions = []qcow2.Extension{{Type: 0x23852875, Data: ext}}
+	x.Image = append(x.Image, make([]byte, 1024)...)
+	x.Image[qcow2.TinyRefblock+2*7+1], x.Image[qcow2.TinyRefblock+2*8+1] = 1, 1
+	x.Put(qcow2.TinyEnd, qcow2.TinyEnd+512)
+	x.Put(qcow2.TinyEnd+8, 1<<32|2)
+	x.Put(qcow2.TinyEnd+16, 1<<56|9<<48|1<<32)
+	x.Image[qcow2.TinyEnd+24] = 'b'
+	x.Put(qcow2.TinyEnd+512, entry)
+	if entry == 0 {
+		x.Image[qcow2.TinyEnd+16] = 7 // type
+	}
+}
+
+// compareCheck compares a result with that of qemu-img.
+func compareCheck(t *testing.T, image []byte, got qcow2.CheckResult) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "i.qcow2")
+	write(t, path, image)
+	r := oracle.Run(t, "qemu-img", "check", "-U", "-f", "qcow2", "--output=json", path)
+	want := map[string]any{}
+	if err := json.Unmarshal([]byte(r.Stdout), &want); err != nil {
+		t.Fatalf("qemu-img: %v\n%s", err, r.Stderr)
+	}
+	delete(want, "filename")
+	delete(want, "format")
+	if d := cmp.Diff(want, checkMap(got)); d != "" {
+		t.Errorf("check: -qemu-img +got:\n%s\n%s", d, r.Stderr)
+	}
+}
+
+// TestCheckLikeQEMU changes bytes of the tables at random.
+func TestCheckLikeQEMU(t *testing.T) {
+	oracle.Require(t, "qemu-img")
+	r := rand.New(rand.NewPCG(1, 2))
+	for i := range 150 {
+		x := qcow2.NewTiny()
+		for range 1 + r.IntN(2) {
+			table := []int{qcow2.TinyRefblock, qcow2.TinyL1, qcow2.TinyL2, qcow2.TinyL2}[r.IntN(4)]
+			at := table + r.IntN(8*4)
+			if table == qcow2.TinyL1 {
+				at = table + r.IntN(8)
+			}
+			x.Image[at] ^= 1 << r.IntN(8)
+		}
+		b := x.Bytes()
+		res, err := open(t, b).Check(t.Context(), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		compareCheck(t, b, res)
+		if t.Failed() {
+			t.Fatalf("image %d", i)
+		}
+	}
+}
+
+// TestCheckHostile: snapshots whose L1 tables overlap, and one L2 table that
+// all L1 entries name, do not make a check long.
+func TestCheckHostile(t *testing.T) {
+	const n = 3000
+	x := qcow2.NewTiny()
+	x.Header.NbSnapshots, x.Header.SnapshotsOffset = n, 1<<20
+	x.Image = append(x.Image, make([]byte, 2<<20-len(x.Image))...)
+	for i := range 4096 {
+		x.Put(512<<10+8*i, qcow2.TinyL2)
+	}
+	for i := range n {
+		at := 1<<20 + 56*i
+		x.Put(at, uint64(512<<10+512*(i%64)))
+		x.Put(at+8, uint64(64<<10-i)<<32)
+		x.Put(at+32, 16)
+	}
+	start := time.Now()
+	found := int64(0)
+	_, err := open(t, x.Bytes()).Check(t.Context(), &qcow2.CheckOptions{Found: func(f qcow2.Finding) {
+		if f.Kind == qcow2.SnapshotL1Overlap {
+			found++
+		}
+	}})
+	if err != nil || found != 1 {
+		t.Errorf("%d findings, %v", found, err)
+	}
+	if d := time.Since(start); d > 20*time.Second {
+		t.Errorf("took %v", d)
+	}
+}
+
+// TestFindingsDataFile: the kinds that need an external data file.
+func TestFindingsDataFile(t *testing.T) {
+	x := qcow2.NewTiny()
+	x.Header.IncompatibleFeatures = qcow2.IncompatDataFile
+	x.Header.NbSnapshots, x.Header.SnapshotsOffset = 1, 1024
+	im, err := qcow2.New(memory(x.Bytes()), &qcow2.OpenOptions{Backing: qcow2.BackingIgnore})
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := make(map[qcow2.FindingKind]bool)
+	if _, err := im.Check(t.Context(), &qcow2.CheckOptions{Found: func(f qcow2.Finding) { seen[f.Kind] = true }}); err != nil {
+		t.Fatal(err)
+	}
+	if !seen[qcow2.CompressedDataFile] || !seen[qcow2.SnapshotsDataFile] {
+		t.Error(seen)
+	}
+	if _, err := im.ReadAt(make([]byte, 1), 0); !errors.Is(err, qcow2.ErrCorrupt) && !errors.Is(err, qcow2.ErrBacking) {
+		t.Error(err)
 	}
 }

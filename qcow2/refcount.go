@@ -56,12 +56,6 @@ func (im *Image) refcountSlice(table []byte, cluster int64) ([]byte, error) {
 	return b, nil
 }
 
-// refcount returns the stored refcount of a cluster of the image file.
-func (im *Image) refcount(table []byte, cluster int64) (uint64, error) {
-	b, err := im.refcountSlice(table, cluster)
-	return im.geo.refcountIn(b, cluster), err
-}
-
 // refcountChunk is the number of clusters that refcounts allocates for at
 // once.
 const refcountChunk = 1 << 16

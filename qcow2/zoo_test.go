@@ -209,6 +209,10 @@ func TestZooSnapshots(t *testing.T) {
 				if im.Size() != sn.DiskSize {
 					t.Errorf("snapshot %q: size %d, expected %d", key, im.Size(), sn.DiskSize)
 				}
+				if key == sn.Name && key != sn.ID && testing.Short() {
+					im.Close()
+					continue
+				}
 				// qemu-img convert -l writes a snapshot in the size that the
 				// image has now (snap-resized).
 				full, sparse := digests(t, im, *want.Size)
