@@ -170,15 +170,17 @@ func (o *buildOptions) parseFormat(d *disk) error {
 	if err != nil {
 		return err
 	}
-	d.qcow2 = &qcow2.WriterOptions{Compress: o.compress}
-	d.qcow2.ClusterSize = cluster
-	var ok bool
-	if d.qcow2.Version, ok = parseCompat(o.compat); !ok {
+	create := qcow2.CreateOptions{}
+	if create.ClusterSize = cluster; cluster == 0 {
+		create.ClusterSize = -1 // refused; 0 would be the default
+	}
+	if create.Set("compat", o.compat) != nil {
 		return fmt.Errorf("--compat is 0.10 or 1.1, not '%s'", o.compat)
 	}
-	if d.qcow2.Compression, ok = parseCompression(o.compression); !ok {
+	if create.Set("compression_type", o.compression) != nil {
 		return fmt.Errorf("--compression is zlib or zstd, not '%s'", o.compression)
 	}
+	d.qcow2 = &qcow2.WriterOptions{FormatOptions: create.FormatOptions, Compress: o.compress}
 	return nil
 }
 

@@ -293,66 +293,22 @@ func createQcow2(ctx context.Context, path string, opts *optionList) (err error)
 
 // qcow2Options turns -o into the options of a new image.
 func qcow2Options(opts *optionList) (*qcow2.CreateOptions, error) {
-	fo := &qcow2.CreateOptions{DataFile: opts.str("data_file"), DataFileRaw: opts.bool("data_file_raw")}
-	fo.FormatOptions = qcow2.FormatOptions{
-		ExtendedL2:    opts.bool("extended_l2"),
-		LazyRefcounts: opts.bool("lazy_refcounts"),
-		BackingFile:   opts.str("backing_file"),
-		BackingFormat: opts.str("backing_fmt"),
-		ClusterSize:   int64(min(opts.uint("cluster_size"), math.MaxInt64)),
-		RefcountBits:  int(min(opts.uint("refcount_bits"), math.MaxInt32)),
-	}
-	if fo.ClusterSize == 0 {
-		fo.ClusterSize = -1 // zero is not the default here
-	}
-	if fo.RefcountBits == 0 {
-		fo.RefcountBits = -1
-	}
-	var ok bool
-	if fo.Version, ok = parseCompat(opts.str("compat")); !ok {
-		return nil, messagef("Parameter 'version' does not accept value '%s'", opts.str("compat"))
-	}
-	if fo.Compression, ok = parseCompression(opts.str("compression_type")); !ok {
-		return nil, messagef("Parameter 'compression-type' does not accept value '%s'", opts.str("compression_type"))
-	}
-	mode := opts.str("preallocation")
-	if fo.Preallocation, ok = parsePreallocation(mode); !ok {
-		return nil, messagef("Parameter 'preallocation' does not accept value '%s'", mode)
-	}
-	if f := fo.BackingFormat; f != "" && f != "raw" && f != "qcow2" {
-		return nil, messagef("Parameter 'backing-fmt' does not accept value '%s'", f)
-	}
-	return fo, nil
-}
-
-// parseCompat reads a compatibility level; "" is the newest.
-func parseCompat(s string) (version int, ok bool) {
-	switch s {
-	case "0.10", "v2":
-		return 2, true
-	case "1.1", "v3", "":
-		return 3, true
-	}
-	return 0, false
-}
-
-func parsePreallocation(s string) (qcow2.Preallocation, bool) {
-	for p := qcow2.PreallocationOff; p <= qcow2.PreallocationFull; p++ {
-		if s == p.String() {
-			return p, true
+	co := &qcow2.CreateOptions{}
+	for _, d := range opts.descs {
+		switch d.name {
+		case "size", "nocow", "extent_size_hint":
+			continue
+		}
+		if v := opts.str(d.name); v != "" {
+			if err := co.Set(d.name, v); err != nil {
+				return nil, err
+			}
 		}
 	}
-	return qcow2.PreallocationOff, s == ""
-}
-
-func parseCompression(s string) (qcow2.CompressionType, bool) {
-	switch s {
-	case "zlib":
-		return qcow2.CompressionZlib, true
-	case "zstd":
-		return qcow2.CompressionZstd, true
+	if f := co.BackingFormat; f != "" && f != "raw" && f != "qcow2" {
+		return nil, messagef("Parameter 'backing-fmt' does not accept value '%s'", f)
 	}
-	return 0, false
+	return co, nil
 }
 
 // writeZeroes writes zeroes where a WriteZeroes might leave a hole, so that
