@@ -363,3 +363,33 @@ func seeds(f *testing.F) {
 	copy(x.Image[qcow2.TinyPacked:], "\x28\xb5\x2f\xfd\x04\x00\x02\x10\x00x") // one RLE block of 512 bytes
 	f.Add(x.Bytes())
 }
+
+// TestOwnBackingFile: an image that is its own raw backing file is a loop too.
+func TestOwnBackingFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "x.qcow2")
+	x := qcow2.NewTiny()
+	x.Header.BackingFile = "x.qcow2"
+	x.Header.Extensions = []qcow2.Extension{{Type: 0xe2792aca, Data: []byte("raw")}}
+	write(t, path, x.Bytes())
+	if _, err := qcow2.Open(path, nil); !errors.Is(err, qcow2.ErrCorrupt) || !strings.Contains(err.Error(), "loop") {
+		t.Error(err)
+	}
+}
+
+// TestSubclusterContradiction: QEMU refuses to read such an entry.
+func TestSubclusterContradiction(t *testing.T) {
+	for _, bitmap := range []uint64{1<<33 | 2, 1 << 32} {
+		const c = 16 << 10
+		x := qcow2.NewTiny()
+		x.Header.ClusterBits, x.Header.IncompatibleFeatures = 14, qcow2.IncompatExtendedL2
+		x.Header.RefcountTableOffset, x.Header.L1TableOffset = c, 3*c
+		x.Image = make([]byte, 6*c)
+		x.Put(3*c, 4*c)
+		x.Put(4*c, 5*c)
+		x.Put(4*c+8, bitmap)
+		_, err := open(t, x.Bytes()).ReadAt(make([]byte, 512), 0)
+		if bad := bitmap&(bitmap>>32) != 0; bad != errors.Is(err, qcow2.ErrCorrupt) {
+			t.Errorf("bitmap %#x: %v", bitmap, err)
+		}
+	}
+}
