@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"fmt"
+	"os"
 
 	"qimg/qcow2/blockdev"
 )
@@ -18,6 +19,9 @@ const maxPieces = 4096
 // and encrypted data. Zero and Unallocated extents can have one too: space
 // that is kept. Bytes of Host beyond its end count as zeroes.
 func (im *Image) NextExtent(off int64) (blockdev.Extent, error) {
+	if im.closed.Load() {
+		return blockdev.Extent{}, fmt.Errorf("qcow2: next extent: %w", os.ErrClosed)
+	}
 	if off < 0 || off >= im.size {
 		return blockdev.Extent{}, fmt.Errorf("qcow2: next extent at offset %d of %d: %w", off, im.size, blockdev.ErrRange)
 	}

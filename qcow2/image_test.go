@@ -60,6 +60,9 @@ func TestTiny(t *testing.T) {
 	if _, err := im.ReadAt(make([]byte, 1), 0); !errors.Is(err, os.ErrClosed) {
 		t.Errorf("read after close: %v", err)
 	}
+	if _, err := im.NextExtent(0); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("extent after close: %v", err)
+	}
 	if err := im.Close(); !errors.Is(err, os.ErrClosed) {
 		t.Errorf("second close: %v", err)
 	}
