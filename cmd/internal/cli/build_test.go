@@ -5,11 +5,15 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"qimg/cmd/internal/cli"
 	"qimg/qcow2/blockdev/oracle"
@@ -54,6 +58,37 @@ func TestBuildInterrupted(t *testing.T) {
 		}
 		files, err := os.ReadDir(".")
 		if err != nil || len(files) != 2 {
+			t.Errorf("%q: left behind: %v, %v", args, files, err)
+		}
+	}
+}
+
+// TestBuildChanged shortens a file while it is built: an error that names it,
+// and no output, also where many workers wait for each other.
+func TestBuildChanged(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(48))
+	t.Chdir(t.TempDir())
+	if err := os.Mkdir("tree", 0o777); err != nil {
+		t.Fatal(err)
+	}
+	rng := rand.NewChaCha8([32]byte{1})
+	data := make([]byte, 1<<20)
+	for i := range 150 {
+		rng.Read(data)
+		writeFile(t, fmt.Sprintf("tree/%03d", i), string(data))
+	}
+	for _, args := range [][]string{{"x.raw"}, {"x.qcow2"}, {"-c", "x.qcow2"}} {
+		writeFile(t, "tree/130", string(data))
+		var once sync.Once
+		stderr := &canceller{cancel: func() { once.Do(func() { os.Truncate("tree/130", 1000) }) }}
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second) // workers that wait forever are an error
+		code := cli.Run(ctx, append([]string{"qimg", "build", "--progress=plain", "tree"}, args...),
+			cli.Host{Out: io.Discard, Err: stderr, Getenv: func(string) string { return "" }})
+		cancel()
+		if code != 1 || !strings.Contains(stderr.String(), "130: ") || !strings.Contains(stderr.String(), "changed while it was read") {
+			t.Errorf("%q: exit %d: %s", args, code, stderr.String())
+		}
+		if files, err := os.ReadDir("."); err != nil || len(files) != 1 {
 			t.Errorf("%q: left behind: %v, %v", args, files, err)
 		}
 	}
