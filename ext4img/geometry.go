@@ -47,9 +47,9 @@ type freeRun struct {
 
 var errTooFewBlocks = errors.New("too few blocks for the file system's own structures")
 
-// newGeometry lays out a file system of at most that many blocks and at least
-// that many inodes.
-func newGeometry(blockSize, blocks, inodes int64) (*geometry, error) {
+// newGeometry lays out a file system of at most that many blocks. It has at
+// least need inodes, and about wish of them as far as the format allows.
+func newGeometry(blockSize, blocks, need, wish int64) (*geometry, error) {
 	g := &geometry{
 		blockSize:      blockSize,
 		blocks:         blocks,
@@ -59,7 +59,7 @@ func newGeometry(blockSize, blocks, inodes int64) (*geometry, error) {
 		g.firstDataBlock = 1
 	}
 	for {
-		if err := g.divide(inodes); err != nil {
+		if err := g.divide(need, wish); err != nil {
 			return nil, err
 		}
 		// A last group that could hold little more than its own structures is
@@ -84,21 +84,23 @@ func newGeometry(blockSize, blocks, inodes int64) (*geometry, error) {
 }
 
 // divide fixes the groups and the sizes of their structures.
-func (g *geometry) divide(inodes int64) error {
+func (g *geometry) divide(need, wish int64) error {
 	g.groups = ceilDiv(g.blocks-g.firstDataBlock, g.blocksPerGroup)
 	if g.groups < 1 {
-		return errTooFewBlocks
-	}
-	// Inode tables fill whole blocks, inode bitmaps whole bytes.
-	unit := max(8, g.blockSize/inodeSize)
-	g.inodesPerGroup = max(ceilDiv(ceilDiv(inodes, g.groups), unit), 2) * unit
-	if g.inodesPerGroup > 8*g.blockSize || g.inodesPerGroup*g.groups > math.MaxUint32 {
 		return errTooFewBlocks
 	}
 	g.descBlocks = ceilDiv(g.groups*descSize, g.blockSize)
 	if g.descBlocks > g.blocksPerGroup*3/4 {
 		return fmt.Errorf("a file system with %d-byte blocks can have %d GiB at most; larger ones need larger blocks",
 			g.blockSize, g.blocksPerGroup*3/4*g.blockSize/descSize*g.blocksPerGroup*g.blockSize>>30)
+	}
+	// Inode tables fill whole blocks, inode bitmaps whole bytes and at most a
+	// block; inode numbers have 32 bits.
+	unit := max(8, g.blockSize/inodeSize)
+	limit := min(8*g.blockSize, math.MaxUint32/g.groups/unit*unit)
+	g.inodesPerGroup = min(max(ceilDiv(ceilDiv(wish, g.groups), unit), 2)*unit, limit)
+	if g.inodesPerGroup*g.groups < need {
+		return errTooFewBlocks
 	}
 	// Descriptors of a file system 1024 times as large, as far as one block
 	// of pointers reaches (mke2fs: lib/ext2fs/initialize.c,

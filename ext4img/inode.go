@@ -154,6 +154,11 @@ func (l *Layout) putInode(b []byte, ino uint32) {
 			n.fileACL = l.geo.block(plan.blockFor(i))
 			n.blocks++
 		}
+		for _, x := range block {
+			if x.eaInode { // counted where it is used
+				n.blocks += ceilDiv(int64(len(x.value)), l.geo.blockSize)
+			}
+		}
 	}
 	n.put(l, b, ino)
 }

@@ -379,11 +379,12 @@ func (l *Layout) try(opts *LayoutOptions, blocks, free int64) error {
 	if !opts.NoJournal && blocks < minJournalBlocks {
 		return errTooFewBlocks
 	}
-	inodes := int64(l.lastIno())
+	need := int64(l.lastIno())
+	wish := need
 	if !opts.Minimize {
-		inodes = max(inodes+free/inodeRatio, blocks*l.geo.blockSize/inodeRatioMax)
+		wish = max(need+free/inodeRatio, blocks*l.geo.blockSize/inodeRatioMax)
 	}
-	g, err := newGeometry(l.geo.blockSize, blocks, inodes)
+	g, err := newGeometry(l.geo.blockSize, blocks, need, wish)
 	if err != nil {
 		return err
 	}

@@ -22,33 +22,54 @@ func openSourceDir(path string) (sourceDir, error) {
 	if err != nil {
 		return nil, err
 	}
-	return newFdDir(f), nil
+	defer f.Close()
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	return newFdDir(fd), nil
 }
 
 // fdDir is a sourceDir on a directory descriptor: the same safety as os.Root
 // (O_NOFOLLOW, one element at a time) with fewer system calls, and what os
 // does not offer: xattrs, holes.
 type fdDir struct {
-	f  *os.File
 	fd int
 	// proc is the directory's path in /proc, with a slash: the way to the
 	// xattrs of things that cannot be opened (symlinks, devices).
 	proc string
 }
 
-func newFdDir(f *os.File) *fdDir {
-	fd := int(f.Fd())
-	return &fdDir{f: f, fd: fd, proc: "/proc/self/fd/" + strconv.Itoa(fd) + "/"}
+func newFdDir(fd int) *fdDir {
+	return &fdDir{fd: fd, proc: "/proc/self/fd/" + strconv.Itoa(fd) + "/"}
 }
 
-func (d *fdDir) close() error { return d.f.Close() }
+func (d *fdDir) close() error { return unix.Close(d.fd) }
 
 func (d *fdDir) readNames(fn func(name string) error) error {
 	// A directory that stays open is read from its beginning.
-	if _, err := d.f.Seek(0, io.SeekStart); err != nil {
+	if _, err := unix.Seek(d.fd, 0, io.SeekStart); err != nil {
 		return err
 	}
-	return readNames(d.f, fn)
+	buf := make([]byte, 32<<10)
+	var names []string
+	for {
+		var n int
+		err := retry(func() (err error) { n, err = unix.ReadDirent(d.fd, buf); return err })
+		if err != nil || n <= 0 {
+			return err
+		}
+		for rest := buf[:n]; len(rest) > 0; {
+			var used int
+			used, _, names = unix.ParseDirent(rest, -1, names[:0])
+			rest = rest[used:]
+			for _, name := range names {
+				if err := fn(name); err != nil {
+					return err
+				}
+			}
+		}
+	}
 }
 
 func (d *fdDir) lstat(name string) (stat, error) {
@@ -95,7 +116,7 @@ func (d *fdDir) readable(name string, isDir bool) error {
 func (d *fdDir) openAt(name string, flags int) (int, error) {
 	var fd int
 	err := retry(func() (err error) {
-		fd, err = unix.Openat(d.fd, name, flags|unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_NONBLOCK|unix.O_LARGEFILE, 0)
+		fd, err = unix.Openat(d.fd, name, flags|unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_LARGEFILE, 0)
 		return err
 	})
 	return fd, err
@@ -106,11 +127,11 @@ func (d *fdDir) openDir(name string) (sourceDir, error) {
 	if err != nil {
 		return nil, err
 	}
-	return newFdDir(os.NewFile(uintptr(fd), name)), nil
+	return newFdDir(fd), nil
 }
 
 func (d *fdDir) open(name string) (sourceFile, error) {
-	fd, err := d.openAt(name, 0)
+	fd, err := d.openAt(name, unix.O_NONBLOCK) // a fifo in its place does not block
 	if err != nil {
 		return nil, err
 	}
