@@ -126,9 +126,10 @@ mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 while read -r m; do insmod "/modules/$m" || say "insmod $m failed"; done </modules/order
 n=0
-while [ ! -b /dev/sdb ] && [ $n -lt 100 ]; do sleep 0.1; n=$((n+1)); done
-mount -t ext4 /dev/sdb /mnt || say "mount failed"
-grep -q '^/dev/sdb /mnt ext4 rw' /proc/mounts && say "mounted rw"
+# The second disk of the first bus; whether it is sda or sdb is a race.
+while ! disk=/dev/$(ls /sys/bus/scsi/devices/0:0:1:0/block 2>/dev/null) || [ ! -b $disk ] && [ $n -lt 100 ]; do sleep 0.1; n=$((n+1)); done
+mount -t ext4 $disk /mnt || { say "mount failed"; dmesg | tail -n 5; reboot -f; }
+grep -q "^$disk /mnt ext4 rw" /proc/mounts && say "mounted rw"
 cd /mnt
 sha256sum -c /sums >/tmp-sums 2>&1 && say "sums good" || grep -v ': OK$' /tmp-sums
 find . -path ./lost+found -prune -o -type d -exec stat -c '%a %u:%g - - %Y %n' {} + >/got

@@ -174,9 +174,6 @@ func (l *optionList) str(name string) string {
 	return ""
 }
 
-// bool returns the value of a boolean option.
-func (l *optionList) bool(name string) bool { b, _ := parseBool(l.str(name)); return b }
-
 // uint returns the value of a number or a size.
 func (l *optionList) uint(name string) uint64 {
 	n, _ := strconv.ParseUint(l.str(name), 10, 64)
