@@ -16,7 +16,7 @@ import (
 // Layout.Size bytes. WriteAt is called from several goroutines, in ranges that
 // do not overlap, about ascending, only within Layout.Extents.
 //
-// A sink that is a blockdev.RangeCopier takes large files inside the kernel.
+// A sink that is a blockdev.RangeCopier is asked to take large files itself.
 // A sink with a Granularity gets ranges that begin and end at its multiples
 // (the last may end with the disk), zeroes filled in around the extents.
 type Sink interface {
@@ -43,7 +43,7 @@ var ErrChanged = errors.New("changed while it was read")
 
 const (
 	unitSize    = 1 << 20  // what a worker assembles and writes at once
-	copyMin     = 1 << 18  // shortest run that is copied inside the kernel
+	copyMin     = 1 << 18  // shortest run that the sink is asked to copy itself
 	copyUnit    = 64 << 20 // longest one
 	maxInFlight = 64       // bound on Workers: each has a buffer
 )
@@ -98,7 +98,7 @@ type writer struct {
 	copier blockdev.RangeCopier // nil: files are read and written
 	unit   int64                // blocks
 	runs   []run                // what is written, ascending
-	copies []fileRun            // parts of runs that are copied inside the kernel
+	copies []fileRun            // parts of runs that the sink is asked to copy
 
 	mu   sync.Mutex
 	at   int64 // next block
@@ -240,8 +240,8 @@ func (w *writer) fillRun(f *filler, buf []byte, r run) error {
 	return err
 }
 
-// copyRun copies a run of a file inside the kernel, and returns how many of
-// its blocks that did.
+// copyRun has the sink copy a run of a file, and returns how many of its blocks
+// it did.
 func (w *writer) copyRun(c *fileRun) (blocks int64, err error) {
 	l := w.l
 	bs := l.geo.blockSize
@@ -252,19 +252,25 @@ func (w *writer) copyRun(c *fileRun) (blocks int64, err error) {
 	defer src.close()
 	want := min(c.len()*bs, l.tree.inodes.at(c.inode).size-c.off)
 	n, err := w.copier.CopyRange(c.start*bs, src.f.kernelFile(), c.off, want)
-	if errors.Is(err, errors.ErrUnsupported) {
+	switch {
+	case errors.Is(err, errors.ErrUnsupported):
+		if n == 0 {
+			w.forgetCopies()
+		}
+		return n / bs, nil
+	case err != nil:
+		return 0, err
+	case n < want:
 		return n / bs, nil
 	}
-	if err != nil {
-		return 0, err
-	}
-	if err := src.check(); err != nil {
-		return 0, err
-	}
-	if n < want {
-		return 0, src.changed(fmt.Sprintf("it ended at byte %d", c.off+n))
-	}
-	return c.len(), nil
+	return c.len(), src.check()
+}
+
+// forgetCopies gives up asking a sink that takes nothing.
+func (w *writer) forgetCopies() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.copies, w.copy = nil, 0
 }
 
 // openFile is a regular file of the tree's source, opened for reading.

@@ -370,15 +370,12 @@ func TestWriterCopyRange(t *testing.T) {
 	opts := qcow2.WriterOptions{Extents: planOf(m.extents)}
 	opts.ClusterSize = 4096
 	d, path := sparseFile(t)
-	w, err := qcow2.NewWriter(d, int64(len(m.bytes)), &opts)
+	w, err := qcow2.NewWriter(copier{d}, int64(len(m.bytes)), &opts)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, e := range m.extents {
 		n, err := w.CopyRange(e.off, src, e.off, e.n)
-		if errors.Is(err, errors.ErrUnsupported) {
-			t.Skip("no copy by the kernel here")
-		}
 		if err != nil || n != e.n {
 			t.Fatalf("copy %d at %#x: %d, %v", e.n, e.off, n, err)
 		}
@@ -392,7 +389,7 @@ func TestWriterCopyRange(t *testing.T) {
 		t.Error("CopyRange and WriteAt make different images")
 	}
 	// The source ends before the range does.
-	w, _ = qcow2.NewWriter(blockdevFile(t), 1<<20, &qcow2.WriterOptions{Extents: planOf([]extent{{0, 1 << 20}})})
+	w, _ = qcow2.NewWriter(copier{blockdevFile(t)}, 1<<20, &qcow2.WriterOptions{Extents: planOf([]extent{{0, 1 << 20}})})
 	short := filepath.Join(dir, "short")
 	writeFile(t, short, make([]byte, 100<<10))
 	s, err := os.Open(short)
@@ -400,12 +397,27 @@ func TestWriterCopyRange(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	if n, err := w.CopyRange(0, s, 0, 1<<20); n != 100<<10 || err != nil {
+	if n, err := w.CopyRange(0, s, 0, 1<<20); n != 100<<10 || !errors.Is(err, errors.ErrUnsupported) {
 		t.Errorf("copy from a short file: %d, %v", n, err)
 	}
 }
 
-func blockdevFile(t testing.TB) blockdev.Device {
+// copier is a device that copies from files wherever the test runs.
+type copier struct{ *blockdev.File }
+
+func (c copier) CopyRange(off int64, src *os.File, srcOff, n int64) (int64, error) {
+	p := make([]byte, n)
+	m, err := src.ReadAt(p, srcOff)
+	if err == io.EOF {
+		err = errors.ErrUnsupported
+	}
+	if _, werr := c.WriteAt(p[:m], off); werr != nil {
+		return 0, werr
+	}
+	return int64(m), err
+}
+
+func blockdevFile(t testing.TB) *blockdev.File {
 	d, _ := sparseFile(t)
 	return d
 }

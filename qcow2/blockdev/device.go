@@ -58,15 +58,13 @@ type Truncater interface {
 	Truncate(size int64) error
 }
 
-// RangeCopier is a device that can take bytes from a file without their
-// passing through the program: copy_file_range, or a reflink where the file
-// system has them.
+// RangeCopier is a device that can take bytes from a file faster than the
+// program can read and write them: by sharing blocks, or on a server.
 type RangeCopier interface {
-	// CopyRange copies n bytes at srcOff of src to off. It returns how many
-	// were copied; fewer than n without an error mean that src ended there.
-	// Where the kernel cannot do it, the error matches errors.ErrUnsupported,
-	// nothing or a part (the count says) has been copied, and the caller
-	// reads and writes the rest itself.
+	// CopyRange copies n bytes at srcOff of src to off, and returns how many
+	// of them it copied, from the first on. Where it copied fewer than n, and
+	// nothing is wrong, the error matches errors.ErrUnsupported: the caller
+	// reads and writes the rest.
 	CopyRange(off int64, src *os.File, srcOff, n int64) (int64, error)
 }
 

@@ -275,7 +275,8 @@ func (f *File) Truncate(size int64) error {
 	return nil
 }
 
-// CopyRange implements RangeCopier by copy_file_range, on Linux. src and the
+// CopyRange implements RangeCopier by reflinks, and on network file systems by
+// copy_file_range, on Linux. src and the
 // file may be the same when the ranges do not overlap.
 func (f *File) CopyRange(off int64, src *os.File, srcOff, n int64) (int64, error) {
 	if err := f.change("copy", off, n); err != nil {

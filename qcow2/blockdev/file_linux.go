@@ -78,41 +78,98 @@ func seek(f *os.File, off, size int64, whence int) (at int64, err error) {
 // copyChunk is how much one copy_file_range is asked for.
 const copyChunk = 1 << 30
 
+// copyRange shares the blocks of two files where the file system can
+// (FICLONERANGE), and has them copied where that happens somewhere else
+// (copy_file_range on network file systems). Copying on this machine is left
+// to the caller: the kernel does it page by page through a pipe, which takes
+// nearly twice the time of reading and writing a MiB at once (Linux 6.18,
+// ext4).
 func copyRange(dst *os.File, off int64, src *os.File, srcOff, n int64) (done int64, err error) {
 	err = control(dst, func(dfd int) error {
 		return control(src, func(sfd int) error {
-			for done < n {
-				var m int
-				r, w := srcOff+done, off+done
-				err := ignoringEINTR(func() (err error) {
-					m, err = unix.CopyFileRange(sfd, &r, dfd, &w, int(min(n-done, copyChunk)), 0)
-					return err
-				})
-				switch err {
-				case nil:
-				case unix.ENOSPC, unix.EDQUOT, unix.EFBIG:
-					return err
-				default:
-					// EXDEV, EINVAL, EOPNOTSUPP, ENOSYS, EPERM (a seccomp
-					// filter), EIO (some network file systems, or a bad
-					// disk: the caller's own read or write tells which).
-					return fmt.Errorf("copy_file_range: %w: %w", err, errors.ErrUnsupported)
-				}
-				if m == 0 {
-					break
-				}
-				done += int64(m)
+			if done, err = cloneRange(dfd, off, sfd, srcOff, n); !errors.Is(err, errors.ErrUnsupported) || !copiesElsewhere(dfd) {
+				return err
 			}
-			return nil
+			var m int64
+			m, err = copyFileRange(dfd, off+done, sfd, srcOff+done, n-done)
+			done += m
+			return err
 		})
 	})
-	if err != nil || done == n {
-		return done, err
+	return done, err
+}
+
+// cloneRange clones the whole blocks of a range.
+func cloneRange(dfd int, off int64, sfd int, srcOff, n int64) (int64, error) {
+	whole := n
+	var st unix.Stat_t
+	if err := unix.Fstat(dfd, &st); err != nil {
+		return 0, err
 	}
-	// Nothing more came. Files that the kernel makes up (/proc, with a size of
-	// 0) can give nothing too, which is no end.
-	if st, err := src.Stat(); err != nil || st.Size() == 0 || st.Size() > srcOff+done {
-		return done, fmt.Errorf("copy_file_range: %w", errors.ErrUnsupported)
+	if bs := int64(st.Blksize); bs > 0 {
+		whole -= whole % bs
+	}
+	if whole == 0 {
+		return 0, errors.ErrUnsupported
+	}
+	err := ignoringEINTR(func() error {
+		return unix.IoctlFileCloneRange(dfd, &unix.FileCloneRange{
+			Src_fd: int64(sfd), Src_offset: uint64(srcOff), Src_length: uint64(whole), Dest_offset: uint64(off),
+		})
+	})
+	switch err {
+	case nil:
+	case unix.ENOSPC, unix.EDQUOT, unix.EFBIG:
+		return 0, err
+	default:
+		// EOPNOTSUPP, ENOTTY, EXDEV, EINVAL (not aligned, or beyond the end of
+		// src), EPERM, ETXTBSY: the caller's own read or write tells which.
+		return 0, fmt.Errorf("clone: %w: %w", err, errors.ErrUnsupported)
+	}
+	if whole < n {
+		return whole, errors.ErrUnsupported
+	}
+	return n, nil
+}
+
+// copiesElsewhere reports whether a file lies on a file system whose server
+// copies ranges by itself.
+func copiesElsewhere(fd int) bool {
+	const cephMagic = 0x00c36400
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(fd, &st); err != nil {
+		return false
+	}
+	switch uint32(st.Type) {
+	case unix.NFS_SUPER_MAGIC, unix.CIFS_SUPER_MAGIC, unix.SMB2_SUPER_MAGIC, unix.FUSE_SUPER_MAGIC, cephMagic:
+		return true
+	}
+	return false
+}
+
+// copyFileRange copies by copy_file_range.
+func copyFileRange(dfd int, off int64, sfd int, srcOff, n int64) (done int64, err error) {
+	for done < n {
+		var m int
+		r, w := srcOff+done, off+done
+		err := ignoringEINTR(func() (err error) {
+			m, err = unix.CopyFileRange(sfd, &r, dfd, &w, int(min(n-done, copyChunk)), 0)
+			return err
+		})
+		switch err {
+		case nil:
+		case unix.ENOSPC, unix.EDQUOT, unix.EFBIG:
+			return done, err
+		default:
+			// EXDEV, EINVAL, EOPNOTSUPP, ENOSYS, EPERM (a seccomp filter), EIO
+			// (some servers, or a bad disk).
+			return done, fmt.Errorf("copy_file_range: %w: %w", err, errors.ErrUnsupported)
+		}
+		if m == 0 {
+			// The end of src, or a server that gives nothing.
+			return done, fmt.Errorf("copy_file_range: %w", errors.ErrUnsupported)
+		}
+		done += int64(m)
 	}
 	return done, nil
 }

@@ -70,54 +70,97 @@ func TestFileSparse(t *testing.T) {
 	}
 }
 
-// The kernel copy has to work where the tests run, or nothing tests it.
+// TestFileCopyRange copies on file systems that share blocks, and on one that
+// does not.
 func TestFileCopyRange(t *testing.T) {
-	src := tempFile(t, 1<<20, rw)
 	want := bytes.Repeat([]byte("0123456789abcdef"), 1<<16)
-	if _, err := src.WriteAt(want, 0); err != nil {
-		t.Fatal(err)
+	for _, mkfs := range []string{"mkfs.btrfs", "mkfs.xfs"} {
+		t.Run(mkfs, func(t *testing.T) {
+			dir := mountNew(t, mkfs)
+			src, dst := filepath.Join(dir, "src"), filepath.Join(dir, "dst")
+			if err := os.WriteFile(src, want[:len(want)-5], 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(dst, make([]byte, 4<<20), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			s, err := os.Open(src)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer s.Close()
+			f := openFile(t, dst, rw)
+			if n, err := f.CopyRange(8192, s, 4096, 1<<19); n != 1<<19 || err != nil {
+				t.Errorf("aligned: %d, %v", n, err)
+			}
+			if n, err := f.CopyRange(1<<20, s, 0, 8192+5); n != 8192 || !errors.Is(err, errors.ErrUnsupported) {
+				t.Errorf("a part of a block at the end: %d, %v", n, err)
+			}
+			if n, err := f.CopyRange(5, s, 0, 8192); n != 0 || !errors.Is(err, errors.ErrUnsupported) {
+				t.Errorf("not aligned: %d, %v", n, err)
+			}
+			if n, err := f.CopyRange(2<<20, s, 0, 1<<20); n != 0 || !errors.Is(err, errors.ErrUnsupported) {
+				t.Errorf("beyond the end of the source: %d, %v", n, err)
+			}
+			got := make([]byte, 4<<20)
+			if _, err := f.ReadAt(got, 0); err != nil {
+				t.Fatal(err)
+			}
+			expect := make([]byte, 4<<20)
+			copy(expect[8192:], want[4096:4096+1<<19])
+			copy(expect[1<<20:], want[:8192])
+			if !bytes.Equal(got, expect) {
+				t.Error("wrong bytes were copied")
+			}
+			if out := oracle.MustRun(t, "filefrag", "-v", dst); !strings.Contains(out, "shared") {
+				t.Errorf("no blocks are shared:\n%s", out)
+			}
+			f.Close()
+		})
 	}
-	dst, err := blockdev.OpenFile(filepath.Join(filepath.Dir(src.Name()), "disk.raw"), nil)
-	if !errors.Is(err, blockdev.ErrLocked) {
-		t.Fatalf("the same file twice in one process: %v, %v", dst, err)
-	}
+
+	src := tempFile(t, 1<<20, rw)
 	f := tempFile(t, 2<<20, rw)
-	if n, err := f.CopyRange(5, src.OS(), 0, 1<<20); n != 1<<20 || err != nil {
-		t.Fatalf("copy: %d, %v", n, err)
-	}
-	got := make([]byte, 1<<20)
-	if _, err := f.ReadAt(got, 5); err != nil || !bytes.Equal(got, want) {
-		t.Errorf("wrong bytes were copied (%v)", err)
-	}
-	// Within one file; overlapping is for the caller to do.
-	if n, err := f.CopyRange(1<<20+5, f.OS(), 5, 1000); n != 1000 || err != nil {
-		t.Errorf("copy within a file: %d, %v", n, err)
-	}
-	if n, err := f.CopyRange(10, f.OS(), 5, 1000); n != 0 || !errors.Is(err, errors.ErrUnsupported) {
-		t.Errorf("overlapping copy: %d, %v", n, err)
-	}
-	// A file whose size the kernel does not tell.
-	proc, err := os.Open("/proc/version")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer proc.Close()
-	if n, err := f.CopyRange(0, proc, 0, 10); n != 10 && !errors.Is(err, errors.ErrUnsupported) {
-		t.Errorf("copy of /proc/version: %d, %v", n, err)
-	}
 	pr, pw, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer pr.Close()
 	defer pw.Close()
-	if n, err := f.CopyRange(0, pr, 0, 10); n != 0 || !errors.Is(err, errors.ErrUnsupported) {
-		t.Errorf("copy of a pipe: %d, %v", n, err)
+	for _, from := range []*os.File{pr, src.OS()} {
+		if n, err := f.CopyRange(0, from, 0, 10); n != 0 || !errors.Is(err, errors.ErrUnsupported) {
+			t.Errorf("copy of 10 bytes: %d, %v", n, err)
+		}
 	}
 	// Nothing of this was a failed write.
 	if _, err := f.WriteAt(want, 0); err != nil {
 		t.Error(err)
 	}
+}
+
+// mountNew mounts a new file system until the test ends.
+func mountNew(t *testing.T, mkfs string) string {
+	t.Helper()
+	oracle.RequireRoot(t)
+	oracle.Require(t, mkfs)
+	image := filepath.Join(t.TempDir(), "fs")
+	if err := os.WriteFile(image, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(image, 512<<20); err != nil {
+		t.Fatal(err)
+	}
+	oracle.MustRun(t, mkfs, "-q", image)
+	dir := t.TempDir()
+	if r := oracle.Run(t, "mount", "-o", "loop", image, dir); r.Code != 0 {
+		oracle.Missing(t, "a kernel that mounts what "+mkfs+" makes")
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
 }
 
 func TestOpenFileRefusesFifo(t *testing.T) {
@@ -163,21 +206,6 @@ func TestFileFailedTruncate(t *testing.T) {
 	if f.Size() != 1000 {
 		t.Errorf("size %d after a failed truncate", f.Size())
 	}
-	checkFailed(t, f, syscall.EFBIG)
-}
-
-func TestFileFailedCopy(t *testing.T) {
-	f := tempFile(t, 1<<20, rw)
-	src := tempFile(t, 1<<20, rw)
-	withFileLimit(t, 4096, func() {
-		if _, err := f.CopyRange(0, src.OS(), 0, 8192); err == nil {
-			t.Skip("copy_file_range does not look at the limit here")
-		}
-		_, err := f.CopyRange(8192, src.OS(), 0, 8192)
-		if !errors.Is(err, syscall.EFBIG) {
-			t.Errorf("copy over the limit: %v", err)
-		}
-	})
 	checkFailed(t, f, syscall.EFBIG)
 }
 

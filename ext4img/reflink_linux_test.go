@@ -1,0 +1,79 @@
+package ext4img_test
+
+import (
+	"crypto/rand"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"qimg/ext4img"
+	"qimg/qcow2/blockdev"
+	"qimg/qcow2/blockdev/oracle"
+)
+
+// TestReflink builds where source and image lie on one file system that shares
+// blocks: the image holds the blocks of the source's large files themselves.
+func TestReflink(t *testing.T) {
+	oracle.RequireRoot(t)
+	oracle.Require(t, "mkfs.btrfs", "filefrag")
+	fs := filepath.Join(t.TempDir(), "btrfs")
+	if err := os.WriteFile(fs, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(fs, 1<<30); err != nil {
+		t.Fatal(err)
+	}
+	oracle.MustRun(t, "mkfs.btrfs", "-q", fs)
+	mnt := t.TempDir()
+	oracle.MustRun(t, "mount", "-o", "loop", fs, mnt)
+	defer func() {
+		if r := oracle.Run(t, "umount", mnt); r.Code != 0 {
+			t.Error(r.Stderr)
+		}
+	}()
+
+	src := filepath.Join(mnt, "src")
+	if err := os.Mkdir(src, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	noise := make([]byte, 20<<20+4321)
+	rand.Read(noise)
+	if err := os.WriteFile(filepath.Join(src, "large"), noise, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(src, "small"), noise[:5000], 0o644); err != nil {
+		t.Fatal(err)
+	}
+	tree, err := ext4img.Scan(t.Context(), src, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tree.Close()
+	layout, err := ext4img.NewLayout(tree, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	image := filepath.Join(mnt, "image")
+	out, err := blockdev.CreateFile(image, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Abort()
+	if err := out.File().Truncate(layout.Size()); err != nil {
+		t.Fatal(err)
+	}
+	if err := layout.Write(t.Context(), out.File(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := out.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	oracle.MustRun(t, "e2fsck", "-fn", image)
+	if r := oracle.Run(t, oracle.Tool(t, "ext4-fidelity"), src, image); r.Code != 0 {
+		t.Errorf("%s%s", r.Stdout, r.Stderr)
+	}
+	if out := oracle.MustRun(t, "filefrag", "-v", image); !strings.Contains(out, "shared") {
+		t.Errorf("the image shares no blocks:\n%s", out)
+	}
+}
