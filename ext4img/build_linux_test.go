@@ -557,8 +557,11 @@ func TestScanErrors(t *testing.T) {
 		spoil func(root *fakeEntry)
 		text  string
 	}{
-		"lstat":      {"d/f", func(r *fakeEntry) { r.children["d"].children["f"].err = cause }, "cause"},
-		"unreadable": {"d/f", func(r *fakeEntry) { r.children["d"].children["f"].openErr = cause }, "cause"},
+		"lstat": {"d/f", func(r *fakeEntry) { r.children["d"].children["f"].err = cause }, "cause"},
+		"unreadable": {"d/f", func(r *fakeEntry) {
+			f := r.children["d"].children["f"]
+			f.openErr, f.stat.mode = cause, modeReg|0o600
+		}, "cause"},
 		"acl": {"d/f", func(r *fakeEntry) {
 			r.children["d"].children["f"].xattr = map[string]string{"system.posix_acl_access": "zz"}
 		}, "malformed POSIX ACL"},

@@ -201,7 +201,9 @@ func (s *scanner) entry(src sourceDir, d uint32, rel, name string, e dirent) err
 			return nil
 		}
 	}
-	if isDir || st.mode&modeType == modeReg {
+	if (isDir || st.mode&modeType == modeReg) && (s.opts.SkipUnreadable || st.mode&0o444 != 0o444) {
+		// What anybody may read is not asked for; should it be unreadable all
+		// the same, reading will tell.
 		if err := src.readable(name, isDir); err != nil {
 			return s.unreadable("open", full, err)
 		}

@@ -13,12 +13,17 @@ import (
 )
 
 // Sink takes the image. It reads as zeroes before, and has at least
-// Layout.Size bytes. WriteAt is called from several goroutines, in ranges that
-// do not overlap, about ascending, only within Layout.Extents.
+// Layout.Size bytes. WriteAt is called from several goroutines, one at a time,
+// for ranges that do not overlap, about ascending, only within Layout.Extents.
+//
+// A sink with a Granularity gets ranges that begin and end at its multiples
+// (the last may end with the disk), zeroes filled in around the extents, and
+// several calls at a time: it has work of its own to do.
+//
+// A sink with an Abort method is told so when the image will not be finished, so
+// that no WriteAt goes on waiting for others.
 //
 // A sink that is a blockdev.RangeCopier is asked to take large files itself.
-// A sink with a Granularity gets ranges that begin and end at its multiples
-// (the last may end with the disk), zeroes filled in around the extents.
 type Sink interface {
 	io.WriterAt
 }
@@ -68,6 +73,9 @@ func (l *Layout) Write(ctx context.Context, sink Sink, opts *WriteOptions) error
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	if a, ok := sink.(interface{ Abort() }); ok {
+		defer context.AfterFunc(ctx, a.Abort)()
+	}
 	done := make(chan int64, workers)
 	var wg sync.WaitGroup
 	for range workers {
@@ -104,6 +112,11 @@ type writer struct {
 	at   int64 // next block
 	run  int   // index into runs
 	copy int   // index into copies
+
+	// write is held by WriteAt: writers of one file wait for each other in the
+	// kernel anyway, and burn the processor meanwhile.
+	write sync.Mutex
+	many  bool // several WriteAt at a time
 }
 
 // fileRun is a run of blocks that holds a file from a byte on.
@@ -117,8 +130,9 @@ func newWriter(l *Layout, sink Sink) *writer {
 	bs := l.geo.blockSize
 	w := &writer{l: l, sink: sink, unit: unitSize / bs}
 	gran := int64(1)
-	if g, ok := sink.(granular); ok {
+	if g, ok := sink.(granular); ok && g.Granularity() > 1 {
 		gran = max(g.Granularity()/bs, 1)
+		w.many = true
 	}
 	w.unit = max(w.unit, gran)
 	for off, n := range l.Extents() {
@@ -126,7 +140,7 @@ func newWriter(l *Layout, sink Sink) *writer {
 		w.runs = append(w.runs, r)
 	}
 	w.runs = mergeRuns(w.runs)
-	if c, ok := sink.(blockdev.RangeCopier); ok && gran == 1 {
+	if c, ok := sink.(blockdev.RangeCopier); ok && !w.many {
 		w.copier = c
 		w.findCopies()
 	}
@@ -236,6 +250,10 @@ func (w *writer) fillRun(f *filler, buf []byte, r run) error {
 	}
 	off := r.start * bs
 	buf = buf[:min(int64(len(buf)), w.l.size-off)]
+	if !w.many {
+		w.write.Lock()
+		defer w.write.Unlock()
+	}
 	_, err := w.sink.WriteAt(buf, off)
 	return err
 }

@@ -25,9 +25,10 @@ import (
 
 // TestBoot is the main job from end to end: a kernel boots in QEMU with a disk
 // that build made as its second one, mounts it read-write, finds every file as
-// it was and writes one. Afterwards qemu-img and e2fsck find nothing wrong.
+// it was, writes one, and has the file system grow with its disk. Afterwards
+// qemu-img and e2fsck find nothing wrong.
 func TestBoot(t *testing.T) {
-	oracle.Require(t, "qemu-system-x86_64", "qemu-img", "busybox", "e2fsck", "debugfs")
+	oracle.Require(t, "qemu-system-x86_64", "qemu-img", "busybox", "e2fsck", "debugfs", "resize2fs")
 	kernel, version := findKernel(t)
 	tree := bootTree(t)
 	initrd := bootInitrd(t, version, tree)
@@ -38,8 +39,9 @@ func TestBoot(t *testing.T) {
 			system, data := filepath.Join(dir, "system.qcow2"), filepath.Join(dir, "data.qcow2")
 			qimg(t, "create", "-q", "-f", "qcow2", system, "64M")
 			qimg(t, append([]string{"build", tree, data}, strings.Fields(flags)...)...)
+			oracle.MustRun(t, "qemu-img", "resize", "-q", data, "+3G")
 			console := boot(t, kernel, initrd, system, data)
-			for _, want := range []string{"qimg-test: mounted rw", "qimg-test: sums good", "qimg-test: attributes good", "qimg-test: done"} {
+			for _, want := range []string{"qimg-test: mounted rw", "qimg-test: sums good", "qimg-test: attributes good", "qimg-test: grown", "qimg-test: done"} {
 				if !strings.Contains(console, want) {
 					t.Fatalf("the guest did not say %q:\n%s", want, console)
 				}
@@ -137,6 +139,8 @@ find . ! -type d -exec stat -c '%a %u:%g %h %s %Y %n' {} + >>/got
 sort -o /got /got
 cmp /want /got && say "attributes good" || diff /want /got
 echo "written by the guest" >from-guest
+before=$(stat -f -c %b /mnt)
+resize2fs $disk && [ $(stat -f -c %b /mnt) -gt $((before * 2)) ] && say "grown"
 cd /
 sync
 umount /mnt && say "done"
@@ -156,6 +160,11 @@ func bootInitrd(t *testing.T, version, tree string) string {
 		t.Fatal(err)
 	}
 	archive.addFile(t, "bin/busybox", busybox)
+	resize2fs, err := exec.LookPath("resize2fs")
+	if err != nil {
+		resize2fs = "/usr/sbin/resize2fs"
+	}
+	archive.addProgram(t, resize2fs)
 	lib := filepath.Join("/lib/modules", version)
 	var order strings.Builder
 	for _, m := range moduleOrder(t, lib, "ata_piix", "sd_mod") {
@@ -281,6 +290,27 @@ func (c *cpio) add(name string, mode int, data []byte) {
 }
 
 func (c *cpio) pad() { c.buf.Write(make([]byte, -c.buf.Len()&3)) }
+
+// addProgram adds a program to /bin, and the libraries that it needs to where
+// it looks for them.
+func (c *cpio) addProgram(t *testing.T, path string) {
+	t.Helper()
+	c.addFile(t, "bin/"+filepath.Base(path), path)
+	made := map[string]bool{}
+	for _, word := range strings.Fields(oracle.MustRun(t, "ldd", path)) {
+		if !strings.HasPrefix(word, "/") {
+			continue
+		}
+		elements := strings.Split(filepath.Dir(word)[1:], "/")
+		for i := range elements {
+			if dir := strings.Join(elements[:i+1], "/"); !made[dir] {
+				made[dir] = true
+				c.add(dir, 0o040755, nil)
+			}
+		}
+		c.addFile(t, word[1:], word)
+	}
+}
 
 func (c *cpio) addFile(t *testing.T, name, path string) {
 	t.Helper()

@@ -376,9 +376,6 @@ func (d *disk) writeQcow2(ctx context.Context, f *blockdev.File, layout *ext4img
 		return err
 	}
 	defer img.Abort()
-	// A worker may wait inside img for a cluster that will not come any more.
-	stop := context.AfterFunc(ctx, img.Abort)
-	defer stop()
 	if err := layout.Write(ctx, img, wo); err != nil {
 		return err
 	}
