@@ -18,31 +18,39 @@ type extent struct {
 	logical, physical, len int64
 }
 
-// object is what has blocks: data of n positions from pos on, and behind them
-// the blocks of its extent tree, if that does not fit the inode.
+// object is what has blocks: data at positions from pos on, and behind them the
+// blocks of its extent tree, if that does not fit the inode.
 type object struct {
 	pos  int64
-	runs []run // logical blocks of the data, ascending; their lengths add up to n
+	runs []run // logical blocks of the data, ascending
 }
 
-// extents calls yield with every extent of an object.
-func (g *geometry) extents(o object, yield func(extent) bool) {
+// single is an object of n blocks without holes.
+func single(pos, n int64) object { return object{pos, []run{{0, n}}} }
+
+// blocks is the number of data blocks.
+func (o object) blocks() int64 {
+	var n int64
+	for _, r := range o.runs {
+		n += r.len()
+	}
+	return n
+}
+
+// eachExtent calls fn with every extent of an object.
+func (g *geometry) eachExtent(o object, fn func(extent)) {
 	pos := o.pos
 	for _, r := range o.runs {
 		logical := r.start
-		ok := true
 		g.physical(pos, r.len(), func(p run) bool {
-			for p.start < p.end && ok {
+			for p.start < p.end {
 				n := min(p.len(), extentMaxLen)
-				ok = yield(extent{logical, p.start, n})
+				fn(extent{logical, p.start, n})
 				logical += n
 				p.start += n
 			}
-			return ok
+			return true
 		})
-		if !ok {
-			return
-		}
 		pos += r.len()
 	}
 }
@@ -72,17 +80,10 @@ func (g *geometry) treeBlocks(extents int64) int64 {
 	return sum
 }
 
-// putExtentRoot writes i_block of an object whose data take n positions.
-func (g *geometry) putExtentRoot(b []byte, o object, n int64) {
-	var list []extent
-	count := int64(0)
-	g.extents(o, func(e extent) bool {
-		if count++; count <= extentRootMax {
-			list = append(list, e)
-		}
-		return true
-	})
-	levels := g.treeLevels(count)
+// putExtentRoot writes i_block for a list of extents. The blocks of the tree,
+// if there are any, lie at positions from treePos on, leaves first.
+func (g *geometry) putExtentRoot(b []byte, list []extent, treePos int64) {
+	levels := g.treeLevels(int64(len(list)))
 	if len(levels) == 0 {
 		putExtentHeader(b, len(list), extentRootMax, 0)
 		for i, e := range list {
@@ -92,59 +93,47 @@ func (g *geometry) putExtentRoot(b []byte, o object, n int64) {
 	}
 	// The root leads to the last level.
 	top := levels[len(levels)-1]
-	first := o.pos + n + g.treeBlocks(count) - top
 	putExtentHeader(b, int(top), extentRootMax, len(levels))
 	covers := int64(1) // extents that a block of the top level covers
-	for range levels {
+	for _, n := range levels {
 		covers *= g.extentsPerBlock()
+		treePos += n
 	}
-	index := int64(0)
-	g.extents(o, func(e extent) bool {
-		if index%covers == 0 {
-			child := index / covers
-			putIndex(b[extentHeaderLen+child*extentLen:], e.logical, g.block(first+child))
-		}
-		index++
-		return true
-	})
+	for i := range top {
+		putIndex(b[extentHeaderLen+i*extentLen:], list[i*covers].logical, g.block(treePos-top+i))
+	}
 }
 
-// putExtentBlock writes one block of the extent tree of an object whose data
-// take n positions: number index, counted over all levels, leaves first.
-func (l *Layout) putExtentBlock(b []byte, ino uint32, o object, n, index int64) {
+// putExtentBlock writes block number index of the tree of a list of extents,
+// and its checksum. The tree lies as in putExtentRoot.
+func (l *Layout) putExtentBlock(b []byte, ino uint32, list []extent, treePos, index int64) {
 	g := l.geo
-	count := int64(0)
-	g.extents(o, func(extent) bool { count++; return true })
 	perBlock := g.extentsPerBlock()
 	covers, below := perBlock, int64(0) // extents that the block covers; first position of the level below
-	depth, at := 0, o.pos+n
-	for _, blocks := range g.treeLevels(count) {
+	depth := 0
+	for _, blocks := range g.treeLevels(int64(len(list))) {
 		if index < blocks {
 			break
 		}
 		index -= blocks
-		below = at
-		at += blocks
+		below = treePos
+		treePos += blocks
 		covers *= perBlock
 		depth++
 	}
-	from := index * covers
-	to := min(from+covers, count)
 	perEntry := covers / perBlock
+	from := index * covers
+	to := min(from+covers, int64(len(list)))
 	putExtentHeader(b, int(ceilDiv(to-from, perEntry)), int(perBlock), depth)
-	i := int64(0)
-	g.extents(o, func(e extent) bool {
-		if i >= from && (i-from)%perEntry == 0 {
-			entry := b[extentHeaderLen+(i-from)/perEntry*extentLen:]
-			if depth == 0 {
-				putExtent(entry, e)
-			} else {
-				putIndex(entry, e.logical, g.block(below+i/perEntry))
-			}
+	entry := b[extentHeaderLen:]
+	for i := from; i < to; i += perEntry {
+		if depth == 0 {
+			putExtent(entry, list[i])
+		} else {
+			putIndex(entry, list[i].logical, g.block(below+i/perEntry))
 		}
-		i++
-		return i < to
-	})
+		entry = entry[extentLen:]
+	}
 	tail := extentHeaderLen + perBlock*extentLen
 	binary.LittleEndian.PutUint32(b[tail:], crc32c(l.inodeSeed(ino), b[:tail]))
 }

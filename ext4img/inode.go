@@ -83,8 +83,19 @@ func encodeExtraTime(sec int64, nsec uint32) uint32 {
 	return nsec<<2 | uint32((sec-int64(int32(sec)))>>32)&3
 }
 
+// setObject makes the inode hold an object.
+func (n *diskInode) setObject(g *geometry, o object, list []extent) {
+	data := o.blocks()
+	n.flags |= extentsFl
+	n.blocks += data + g.treeBlocks(int64(len(list)))
+	g.putExtentRoot(n.block[:], list, o.pos+data)
+}
+
+func (f *filler) setObject(n *diskInode, o object) { n.setObject(f.l.geo, o, f.extents(o)) }
+
 // putInode writes the inode with that number; b is zero.
-func (l *Layout) putInode(b []byte, ino uint32) {
+func (f *filler) putInode(b []byte, ino uint32) {
+	l := f.l
 	switch {
 	case ino == resizeIno && l.geo.resizeInode:
 		l.resizeDiskInode().put(l, b, ino)
@@ -93,14 +104,14 @@ func (l *Layout) putInode(b []byte, ino uint32) {
 		l.journalDiskInode().put(l, b, ino)
 		return
 	case ino == lostFoundID && l.ownLostFound:
-		n := diskInode{mode: modeDir | 0o700, links: 2, size: l.lostFound.n * l.geo.blockSize, sec: l.time, flags: extentsFl, blocks: l.lostFound.n}
-		l.geo.putExtentRoot(n.block[:], object{l.lostFound.pos, []run{{0, l.lostFound.n}}}, l.lostFound.n)
+		n := diskInode{mode: modeDir | 0o700, links: 2, size: l.lostFound.n * l.geo.blockSize, sec: l.time}
+		f.setObject(&n, single(l.lostFound.pos, l.lostFound.n))
 		n.put(l, b, ino)
 		return
 	case ino < firstIno && ino != rootIno:
 		return // reserved and unused
 	case ino > l.lastTreeIno():
-		l.putEAInode(b, ino)
+		f.putEAInode(b, ino)
 		return
 	}
 	i := l.index(ino)
@@ -111,11 +122,10 @@ func (l *Layout) putInode(b []byte, ino uint32) {
 	}
 	switch t.mode & modeType {
 	case modeReg, modeDir:
-		n.flags = extentsFl
-		o, blocks := l.objectOf(i)
-		l.geo.putExtentRoot(n.block[:], o, blocks)
-		n.blocks = blocks + l.treeBlocksOf(o)
+		o := f.objectOf(i)
+		f.setObject(&n, o)
 		if t.isDir() {
+			blocks := o.blocks()
 			n.size = blocks * l.geo.blockSize
 			if blocks > 1 {
 				n.flags |= indexFl
@@ -126,10 +136,7 @@ func (l *Layout) putInode(b []byte, ino uint32) {
 			copy(n.block[:], l.tree.target(t))
 			break
 		}
-		n.flags = extentsFl
-		o, blocks := l.objectOf(i)
-		l.geo.putExtentRoot(n.block[:], o, blocks)
-		n.blocks = blocks
+		f.setObject(&n, f.objectOf(i))
 	case modeChar, modeBlock:
 		// Numbers of 8:8 bits lie in the first word in their old form.
 		major, minor := t.rdev>>8&0xfff, t.rdev&0xff|t.rdev>>12&0xfff00

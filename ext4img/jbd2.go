@@ -20,12 +20,11 @@ func journalBlocks(blocks int64) int64 {
 // journalDiskInode is inode 8. Its blocks are allocated and, but for the
 // first, zero.
 func (l *Layout) journalDiskInode() *diskInode {
-	o := object{l.journalPos, []run{{0, l.journalBlocks}}}
-	n := &diskInode{
-		mode: modeReg | 0o600, links: 1, size: l.journalBlocks * l.geo.blockSize, sec: l.time, flags: extentsFl,
-		blocks: l.journalBlocks + l.treeBlocksOf(o),
-	}
-	l.geo.putExtentRoot(n.block[:], o, l.journalBlocks)
+	n := &diskInode{mode: modeReg | 0o600, links: 1, size: l.journalBlocks * l.geo.blockSize, sec: l.time}
+	o := single(l.journalPos, l.journalBlocks)
+	var list []extent
+	l.geo.eachExtent(o, func(e extent) { list = append(list, e) })
+	n.setObject(l.geo, o, list)
 	return n
 }
 

@@ -429,31 +429,28 @@ func (l *Layout) demand() int64 {
 func (l *Layout) allocate() {
 	pos := int64(0)
 	take := func(runs []run) int64 {
-		at := pos
-		for _, r := range runs {
-			pos += r.len()
-		}
-		pos += l.treeBlocksOf(object{at, runs})
-		return at
+		o := object{pos, runs}
+		pos += o.blocks() + l.treeBlocksOf(o)
+		return o.pos
 	}
 	var one [1]run
-	single := func(n int64) []run { one[0] = run{0, n}; return one[:] }
+	dense := func(n int64) []run { one[0] = run{0, n}; return one[:] }
 
 	if l.geo.resizeInode {
-		l.resizePos = take(single(1))
+		l.resizePos = take(dense(1))
 	}
 	l.zones.resize = pos
 	for d := range l.dirs.len() {
 		p := l.dirs.at(uint32(d))
-		p.pos = take(single(p.n))
+		p.pos = take(dense(p.n))
 	}
 	l.zones.dirs = pos
 	if l.ownLostFound {
-		l.lostFound.pos = take(single(l.lostFound.n))
+		l.lostFound.pos = take(dense(l.lostFound.n))
 	}
 	l.zones.lostFound = pos
 	for i := range l.links {
-		l.links[i].pos = take(single(1))
+		l.links[i].pos = take(dense(1))
 	}
 	l.zones.links = pos
 	for i := range l.xattrs {
@@ -463,7 +460,7 @@ func (l *Layout) allocate() {
 	l.zones.xattrs = pos
 	for i := range l.eaValues {
 		v := &l.eaValues[i]
-		v.pos = take(single(ceilDiv(int64(len(v.value)), l.geo.blockSize)))
+		v.pos = take(dense(ceilDiv(int64(len(v.value)), l.geo.blockSize)))
 	}
 	l.zones.eaValues = pos
 	var buf []run
@@ -474,34 +471,28 @@ func (l *Layout) allocate() {
 	}
 	l.zones.files = pos
 	if l.journalBlocks > 0 {
-		l.journalPos = take(single(l.journalBlocks))
+		l.journalPos = take(dense(l.journalBlocks))
 	}
 	l.usedPositions = pos
 }
 
-// treeBlocksOf returns the number of blocks of an object's extent tree.
+// treeBlocksOf returns the number of blocks of an object's extent tree, or 0
+// for an object beyond the end of the disk, which is then too small anyway.
 func (l *Layout) treeBlocksOf(o object) int64 {
 	g := l.geo
-	if len(o.runs) <= extentRootMax {
+	n := o.blocks()
+	if o.pos+n > g.freeBlocks() {
+		return 0
+	}
+	if len(o.runs) <= extentRootMax && n <= extentMaxLen {
 		// The usual case without counting: all in one free run.
-		n := int64(0)
-		for _, r := range o.runs {
-			n += r.len()
-		}
 		i := sort.Search(len(g.free), func(i int) bool { return g.free[i].pos > o.pos }) - 1
-		if i >= 0 && n <= extentMaxLen && o.pos+n <= g.free[i].pos+g.free[i].len() {
+		if i >= 0 && o.pos+n <= g.free[i].pos+g.free[i].len() {
 			return 0
 		}
 	}
-	end := o.pos
-	for _, r := range o.runs {
-		end += r.len()
-	}
-	if end > g.freeBlocks() {
-		return 0 // beyond the disk: it is too small anyway
-	}
 	count := int64(0)
-	g.extents(o, func(extent) bool { count++; return true })
+	g.eachExtent(o, func(extent) { count++ })
 	return g.treeBlocks(count)
 }
 
@@ -529,25 +520,6 @@ func (l *Layout) fileBlocks(inode uint32) int64 {
 		n += end - start
 	}
 	return n
-}
-
-// objectOf returns the object of a regular file, directory or long symlink of
-// the tree, and the number of its data blocks.
-func (l *Layout) objectOf(i uint32) (object, int64) {
-	n := l.tree.inodes.at(i)
-	switch {
-	case n.isDir():
-		p := l.dirs.at(n.ref)
-		return object{p.pos, []run{{0, p.n}}}, p.n
-	case n.isSymlink():
-		k := sort.Search(len(l.links), func(k int) bool { return l.links[k].inode >= i })
-		return object{l.links[k].pos, []run{{0, 1}}}, 1
-	}
-	k := sort.Search(l.files.len(), func(k int) bool { return l.files.at(uint32(k)).inode >= i })
-	if k == l.files.len() || l.files.at(uint32(k)).inode != i {
-		return object{}, 0 // empty, or one hole
-	}
-	return object{l.files.at(uint32(k)).pos, l.appendRuns(nil, i)}, l.fileBlocks(i)
 }
 
 // finish derives what the rest needs from the final positions.
@@ -604,20 +576,6 @@ func (l *Layout) lastIno() uint32 { return l.lastTreeIno() + uint32(len(l.eaValu
 func (l *Layout) eaInode(value string) (ino, hash uint32) {
 	k := l.eaByValue[value]
 	return l.lastTreeIno() + 1 + uint32(k), l.eaValues[k].hash
-}
-
-// putEAInode writes an inode that holds a value.
-func (l *Layout) putEAInode(b []byte, ino uint32) {
-	v := &l.eaValues[ino-l.lastTreeIno()-1]
-	blocks := ceilDiv(int64(len(v.value)), l.geo.blockSize)
-	n := diskInode{
-		mode: modeReg | 0o600, links: 1, size: int64(len(v.value)), flags: extentsFl | eaInodeFl,
-		blocks: blocks, eaHash: v.hash, eaRefs: v.refs,
-	}
-	o := object{v.pos, []run{{0, blocks}}}
-	n.blocks += l.treeBlocksOf(o)
-	l.geo.putExtentRoot(n.block[:], o, blocks)
-	n.put(l, b, ino)
 }
 
 // largestDirs returns the directories whose own files take the most.

@@ -71,11 +71,75 @@ func (l *Layout) makeRegions() []region {
 	return out
 }
 
-// filler writes blocks of the image into memory. Each worker has its own.
+// filler writes blocks of the image into memory. Each worker has its own,
+// which remembers what the blocks before were made from.
 type filler struct {
 	l    *Layout
-	tree *htree // the directory used last
+	tree *htree // a directory
+
+	file uint32 // a regular file; 0: none, as that is the root directory
 	runs []run
+	offs []int64 // positions of runs from the file's first
+
+	list    []extent // of the object at listPos
+	listPos int64
+}
+
+func newFiller(l *Layout) *filler { return &filler{l: l, listPos: -1} }
+
+// extents returns the extents of an object.
+func (f *filler) extents(o object) []extent {
+	if len(o.runs) == 0 {
+		return nil
+	}
+	if f.listPos != o.pos {
+		f.list = f.list[:0]
+		f.l.geo.eachExtent(o, func(e extent) { f.list = append(f.list, e) })
+		f.listPos = o.pos
+	}
+	return f.list
+}
+
+// use makes a regular file the one that f.runs and f.offs are of.
+func (f *filler) use(inode uint32) {
+	if f.file == inode {
+		return
+	}
+	f.file = inode
+	f.runs = f.l.appendRuns(f.runs[:0], inode)
+	f.offs = f.offs[:0]
+	at := int64(0)
+	for _, r := range f.runs {
+		f.offs = append(f.offs, at)
+		at += r.len()
+	}
+}
+
+// objectOf returns the object of a regular file, directory or long symlink of
+// the tree.
+func (f *filler) objectOf(i uint32) object {
+	l := f.l
+	n := l.tree.inodes.at(i)
+	switch {
+	case n.isDir():
+		p := l.dirs.at(n.ref)
+		return single(p.pos, p.n)
+	case n.isSymlink():
+		k := sort.Search(len(l.links), func(k int) bool { return l.links[k].inode >= i })
+		return single(l.links[k].pos, 1)
+	}
+	k := sort.Search(l.files.len(), func(k int) bool { return l.files.at(uint32(k)).inode >= i })
+	if k == l.files.len() || l.files.at(uint32(k)).inode != i {
+		return object{} // empty, or one hole
+	}
+	f.use(i)
+	return object{l.files.at(uint32(k)).pos, f.runs}
+}
+
+// putTreeBlock writes the block at a position of an object's extent tree.
+func (f *filler) putTreeBlock(b []byte, ino uint32, o object, pos int64) {
+	treePos := o.pos + o.blocks()
+	f.l.putExtentBlock(b, ino, f.extents(o), treePos, pos-treePos)
 }
 
 // fill writes what the blocks from start on hold into buf, whose length is a
@@ -126,7 +190,7 @@ func (f *filler) fillRegion(buf []byte, r *region, index int64) error {
 		case regionInodeTable:
 			ino := uint32(r.arg*l.geo.inodesPerGroup+index*(bs/inodeSize)) + 1
 			for ; len(b) > 0 && ino <= l.lastIno(); b, ino = b[inodeSize:], ino+1 {
-				l.putInode(b[:inodeSize], ino)
+				f.putInode(b[:inodeSize], ino)
 			}
 		}
 	}
@@ -163,8 +227,7 @@ func (f *filler) fillAlloc(buf []byte, pos int64) error {
 			if off := (pos - v.pos) * bs; off < int64(len(v.value)) {
 				copy(b, v.value[off:])
 			} else {
-				blocks := ceilDiv(int64(len(v.value)), bs)
-				l.putExtentBlock(b, l.lastTreeIno()+1+uint32(k), object{v.pos, []run{{0, blocks}}}, blocks, pos-v.pos-blocks)
+				f.putTreeBlock(b, l.lastTreeIno()+1+uint32(k), v.object(bs), pos)
 			}
 		case pos < z.files:
 			k := lastAtOrBefore(l.files.len(), pos, func(i int) int64 { return l.files.at(uint32(i)).pos })
@@ -177,8 +240,7 @@ func (f *filler) fillAlloc(buf []byte, pos int64) error {
 			l.putJournalSuperblock(b)
 		default:
 			clear(b)
-			o := object{l.journalPos, []run{{0, l.journalBlocks}}}
-			l.putExtentBlock(b, journalIno, o, l.journalBlocks, pos-l.journalPos-l.journalBlocks)
+			f.putTreeBlock(b, journalIno, single(l.journalPos, l.journalBlocks), pos)
 		}
 		buf = buf[n*bs:]
 		pos += n
@@ -198,8 +260,7 @@ func (f *filler) putDirBlock(b []byte, d uint32, index int64) {
 	p := l.dirs.at(d)
 	switch {
 	case index >= p.n:
-		ino := l.ino(l.tree.dirs.at(d).inode)
-		l.putExtentBlock(b, ino, object{p.pos, []run{{0, p.n}}}, p.n, index-p.n)
+		f.putTreeBlock(b, l.ino(l.tree.dirs.at(d).inode), single(p.pos, p.n), p.pos+index)
 	case p.n == 1:
 		l.putLinearDir(b, d)
 	default:
@@ -222,45 +283,46 @@ func (f *filler) putXattrBlock(b []byte, set int, pos int64) {
 	l.encodeXattrBlock(b, list, uint32(refs), l.geo.block(pos))
 }
 
+// putEAInode writes an inode that holds an xattr's value.
+func (f *filler) putEAInode(b []byte, ino uint32) {
+	v := &f.l.eaValues[ino-f.l.lastTreeIno()-1]
+	n := diskInode{mode: modeReg | 0o600, links: 1, size: int64(len(v.value)), flags: eaInodeFl, eaHash: v.hash, eaRefs: v.refs}
+	f.setObject(&n, v.object(f.l.geo.blockSize))
+	n.put(f.l, b, ino)
+}
+
+// object returns where a value lies.
+func (v *eaValue) object(blockSize int64) object {
+	return single(v.pos, ceilDiv(int64(len(v.value)), blockSize))
+}
+
 // fillFile writes blocks of one file from pos on, as many as the file and buf
 // have, and returns their number.
 func (f *filler) fillFile(buf []byte, file *ref, pos int64) (int64, error) {
 	l := f.l
 	bs := l.geo.blockSize
-	f.runs = l.appendRuns(f.runs[:0], file.inode)
-	skip := pos - file.pos
-	total := int64(0)
+	f.use(file.inode)
+	o := object{file.pos, f.runs}
+	k := lastAtOrBefore(len(f.offs), pos-file.pos, func(i int) int64 { return f.offs[i] })
+	skip := pos - file.pos - f.offs[k]
+	if skip >= f.runs[k].len() { // behind the last run
+		clear(buf[:bs])
+		f.putTreeBlock(buf[:bs], l.ino(file.inode), o, pos)
+		return 1, nil
+	}
+	src, err := l.tree.openFile(file.inode)
+	if err != nil {
+		return 0, err
+	}
+	defer src.close()
 	done := int64(0)
-	var src openFile
-	for _, r := range f.runs {
-		total += r.len()
-		if skip >= r.len() {
-			skip -= r.len()
-			continue
-		}
-		n := min(r.len()-skip, int64(len(buf))/bs-done)
-		if n == 0 {
-			break
-		}
-		if src.f == nil {
-			var err error
-			if src, err = l.tree.openFile(file.inode); err != nil {
-				return 0, err
-			}
-			defer src.close()
-		}
-		if err := src.read(buf[done*bs:(done+n)*bs], (r.start+skip)*bs); err != nil {
+	for ; k < len(f.runs) && done < int64(len(buf))/bs; k++ {
+		n := min(f.runs[k].len()-skip, int64(len(buf))/bs-done)
+		if err := src.read(buf[done*bs:(done+n)*bs], (f.runs[k].start+skip)*bs); err != nil {
 			return 0, err
 		}
 		done += n
 		skip = 0
 	}
-	if src.f != nil {
-		return done, src.check()
-	}
-	// Behind the data: the extent tree.
-	b := buf[:bs]
-	clear(b)
-	l.putExtentBlock(b, l.ino(file.inode), object{file.pos, f.runs}, total, pos-file.pos-total)
-	return 1, nil
+	return done, src.check()
 }

@@ -207,7 +207,7 @@ func (w *writer) next() (r run, c *fileRun, ok bool) {
 }
 
 func (w *writer) work(ctx context.Context, done chan<- int64) error {
-	f := &filler{l: w.l}
+	f := newFiller(w.l)
 	buf := make([]byte, w.unit*w.l.geo.blockSize)
 	for {
 		r, c, ok := w.next()
