@@ -1,0 +1,158 @@
+// Command qimg-bench measures qimg against the programs that people use
+// instead, on the same input, in turn, in one run. It prints medians and
+// ratios: absolute times are the machine's, ratios are qimg's.
+//
+//	go run ./cmd/qimg-bench [-n RUNS] [-tmp DIR] TREE...
+//
+// For every TREE it makes a disk with `qimg build` (qcow2) and with
+// `mke2fs -t ext4 -d` (raw). Both end with the disk on stable storage. Source
+// trees are read once before, so that both find them in memory. It needs Go
+// and e2fsprogs.
+package main
+
+import (
+	"cmp"
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"time"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	runs := flag.Int("n", 5, "counted runs of each program")
+	tmp := flag.String("tmp", "", "folder for the disks (default: the system's)")
+	flag.Parse()
+	if flag.NArg() == 0 || *runs < 1 {
+		fmt.Fprintln(os.Stderr, "usage: qimg-bench [-n RUNS] [-tmp DIR] TREE...")
+		os.Exit(1)
+	}
+	if err := bench(ctx, *tmp, *runs, flag.Args()); err != nil {
+		fmt.Fprintln(os.Stderr, "qimg-bench:", err)
+		os.Exit(1)
+	}
+}
+
+func bench(ctx context.Context, tmp string, runs int, trees []string) error {
+	dir, err := os.MkdirTemp(tmp, "qimg-bench-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	qimg := filepath.Join(dir, "qimg")
+	build := exec.CommandContext(ctx, "go", "build", "-o", qimg, "./cmd/qimg")
+	build.Stderr = os.Stderr
+	if err := build.Run(); err != nil {
+		return fmt.Errorf("go build: %w", err)
+	}
+
+	fmt.Printf("medians of %d pairs; ratios are qimg / mke2fs, pair by pair\n\n", runs)
+	fmt.Printf("| tree | CPU qimg | CPU mke2fs | CPU ratio (min..max) | wall qimg | wall mke2fs | wall ratio (min..max) | peak MiB qimg | mke2fs |\n")
+	fmt.Printf("|---|---|---|---|---|---|---|---|---|\n")
+	for _, tree := range trees {
+		bytes, err := measure(tree)
+		if err != nil {
+			return err
+		}
+		ours, theirs := filepath.Join(dir, "disk.qcow2"), filepath.Join(dir, "disk.raw")
+		var a, b []sample
+		for i := range runs + 1 {
+			x, err := run(ctx, ours, qimg, "build", "-q", tree, ours)
+			if err != nil {
+				return err
+			}
+			size := fmt.Sprintf("%dm", bytes>>20*3/2+256)
+			y, err := run(ctx, theirs, "mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-d", tree, theirs, size)
+			if err != nil {
+				return err
+			}
+			if i > 0 { // the first pair warms up
+				a, b = append(a, x), append(b, y)
+			}
+		}
+		cpu := func(s sample) float64 { return s.cpu.Seconds() }
+		wall := func(s sample) float64 { return s.wall.Seconds() }
+		peak := func(s sample) float64 { return float64(s.peak) / (1 << 20) }
+		fmt.Printf("| %s | %.2f s | %.2f s | %s | %.2f s | %.2f s | %s | %.0f | %.0f |\n", filepath.Base(tree),
+			median(a, cpu), median(b, cpu), ratio(a, b, cpu), median(a, wall), median(b, wall), ratio(a, b, wall),
+			median(a, peak), median(b, peak))
+	}
+	return nil
+}
+
+// sample is what one run took.
+type sample struct {
+	cpu, wall time.Duration
+	peak      int64 // bytes
+}
+
+// run runs a program that makes a file, and removes the file.
+func run(ctx context.Context, out, program string, args ...string) (sample, error) {
+	cmd := exec.CommandContext(ctx, program, args...)
+	cmd.Stderr = os.Stderr
+	start := time.Now()
+	err := cmd.Run()
+	s := sample{wall: time.Since(start)}
+	if err != nil {
+		return s, fmt.Errorf("%s: %w", program, err)
+	}
+	s.cpu = cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
+	s.peak = peakMemory(cmd.ProcessState)
+	return s, os.Remove(out)
+}
+
+// measure reads a tree and returns the bytes that its files take.
+func measure(tree string) (int64, error) {
+	var sum int64
+	err := filepath.WalkDir(tree, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		n, err := allocated(path)
+		sum += max(n, 4096)
+		return err
+	})
+	return sum, err
+}
+
+func median(s []sample, of func(sample) float64) float64 {
+	v := make([]float64, len(s))
+	for i := range s {
+		v[i] = of(s[i])
+	}
+	slices.Sort(v)
+	return v[len(v)/2]
+}
+
+// ratio is the median of the ratios of the pairs, with the least and greatest.
+func ratio(a, b []sample, of func(sample) float64) string {
+	v := make([]float64, len(a))
+	for i := range a {
+		v[i] = of(a[i]) / of(b[i])
+	}
+	slices.SortFunc(v, cmp.Compare[float64])
+	return fmt.Sprintf("%.2f (%.2f..%.2f)", v[len(v)/2], v[0], v[len(v)-1])
+}
+
+// warm reads a file unless it is mostly holes, which reading would fill memory
+// with.
+func warm(path string, allocated int64) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if fi, err := f.Stat(); err != nil || allocated < fi.Size()/2 {
+		return err
+	}
+	_, err = io.Copy(io.Discard, f)
+	return err
+}
