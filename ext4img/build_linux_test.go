@@ -612,8 +612,18 @@ func TestScanOptions(t *testing.T) {
 			t.Errorf("stat lacks %q: %s", want, st)
 		}
 	}
-	if _, err := Scan(t.Context(), t.TempDir(), &ScanOptions{Exclude: []string{"[a"}}); err == nil {
-		t.Error("a bad pattern is accepted")
+	for _, p := range []string{"[a", "", "/", "./", "."} {
+		if _, err := scan(t.Context(), fakeDir{root, 1}, &ScanOptions{Exclude: []string{p}}); err == nil || !strings.Contains(err.Error(), strconv.Quote(p)) {
+			t.Errorf("pattern %q: %v", p, err)
+		}
+	}
+	// Patterns as people write them, and those that match nothing.
+	for p, want := range map[string]string{"drop/": "", "./drop": "", "drop": "", "b.c": "", "keep/sub/": "", "cmd/": "cmd/", "./b.c": "./b.c"} {
+		var warnings []string
+		scanFake(t, root, 1, &ScanOptions{Exclude: []string{p}, Warn: func(s string) { warnings = append(warnings, s) }})
+		if (want == "") != (len(warnings) == 0) || want != "" && !strings.Contains(warnings[0], strconv.Quote(want)) {
+			t.Errorf("pattern %q: warnings %q", p, warnings)
+		}
 	}
 }
 
@@ -686,7 +696,7 @@ func TestLayoutErrors(t *testing.T) {
 		{tree, LayoutOptions{Label: "seventeen bytes ab"}, "label"},
 		{tree, LayoutOptions{Size: 1 << 30, Free: 1}, "exclude each other"},
 		{tree, LayoutOptions{ReservedPercent: 51}, "reserved percentage"},
-		{tree, LayoutOptions{BlockSize: 2048, Size: 1 << 46}, "larger blocks"},
+		{tree, LayoutOptions{BlockSize: 2048, Size: 1 << 46}, "12288 GiB at most"},
 	} {
 		if _, err := NewLayout(c.tree, &c.opts); err == nil || !strings.Contains(err.Error(), c.text) {
 			t.Errorf("%+v: %v, want %q", c.opts, err, c.text)

@@ -142,7 +142,9 @@ func TestScanFails(t *testing.T) {
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for path, want := range map[string]error{filepath.Join(dir, "none"): fs.ErrNotExist, file: nil} {
+	fifo := filepath.Join(dir, "fifo")
+	oracle.MustRun(t, "mkfifo", fifo)
+	for path, want := range map[string]error{filepath.Join(dir, "none"): fs.ErrNotExist, file: nil, fifo: nil} {
 		_, err := ext4img.Scan(t.Context(), path, nil)
 		if err == nil || want != nil && !errors.Is(err, want) || !strings.Contains(err.Error(), path) {
 			t.Errorf("%s: %v", path, err)

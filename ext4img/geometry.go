@@ -91,7 +91,7 @@ func (g *geometry) divide(need, wish int64) error {
 	}
 	g.descBlocks = ceilDiv(g.groups*descSize, g.blockSize)
 	if g.descBlocks > g.blocksPerGroup*3/4 {
-		return fmt.Errorf("a file system with %d-byte blocks can have %d GiB at most; larger ones need larger blocks",
+		return fmt.Errorf("a file system with %d-byte blocks can have %d GiB at most (with 4096-byte blocks 196608)",
 			g.blockSize, g.blocksPerGroup*3/4*g.blockSize/descSize*g.blocksPerGroup*g.blockSize>>30)
 	}
 	// Inode tables fill whole blocks, inode bitmaps whole bytes and at most a

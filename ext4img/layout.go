@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"iter"
 	"math"
 	"slices"
@@ -229,7 +230,7 @@ func (l *Layout) plan() error {
 		if l.linearLen(uint32(d)) > bs-direntTailLen {
 			h := l.planHtree(uint32(d))
 			if len(h.nodes) > htreeLevels {
-				return fmt.Errorf("%s: a directory of %d entries is too large for %d-byte blocks", t.dirPath(uint32(d)), len(h.order), bs)
+				return tooLarge(t.dirPath(uint32(d)), "a directory of %d entries does not fit %d-byte blocks; choose larger ones", len(h.order), bs)
 			}
 			l.largeDir = l.largeDir || len(h.nodes) == htreeLevels
 			n = h.blocks()
@@ -246,12 +247,12 @@ func (l *Layout) plan() error {
 		n := t.inodes.at(i)
 		switch {
 		case n.isSymlink() && n.size >= bs:
-			return fmt.Errorf("%s: a symlink of %d bytes does not fit a block of %d; choose larger blocks", l.tree.path(i), n.size, bs)
+			return tooLarge(l.tree.path(i), "a symlink of %d bytes does not fit a block of %d; choose larger blocks", n.size, bs)
 		case n.isSymlink() && n.size >= 60:
 			l.links = append(l.links, ref{inode: i})
 		case n.isRegular():
 			if n.size > bs<<32-bs {
-				return fmt.Errorf("%s: a file of %d bytes is larger than ext4 can hold with %d-byte blocks (%d)", l.tree.path(i), n.size, bs, bs<<32-bs)
+				return tooLarge(l.tree.path(i), "a file of %d bytes is larger than ext4 can hold with %d-byte blocks (%d)", n.size, bs, bs<<32-bs)
 			}
 			if len(t.dataSpans(i)) > 0 {
 				l.files.add(ref{inode: i})
@@ -270,13 +271,18 @@ func (l *Layout) plan() error {
 	return l.planXattrs()
 }
 
+// tooLarge is an error about something that the file system cannot hold.
+func tooLarge(path, format string, args ...any) error {
+	return &fs.PathError{Op: "store", Path: path, Err: fmt.Errorf(format, args...)}
+}
+
 // planXattrs decides which sets have blocks and which values have inodes.
 func (l *Layout) planXattrs() error {
 	l.eaByValue = make(map[string]int)
 	for i, set := range l.tree.xattrs {
 		_, block, err := set.place(int(l.geo.blockSize))
 		if err != nil {
-			return fmt.Errorf("%s: %w", l.tree.pathOfXattrs(uint32(i+1)), err)
+			return tooLarge(l.tree.pathOfXattrs(uint32(i+1)), "%w", err)
 		}
 		if len(block) == 0 {
 			continue

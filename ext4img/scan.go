@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"path"
 	"slices"
 	"strings"
@@ -23,10 +24,12 @@ type ScanOptions struct {
 	// MaxTime, if not nil, replaces every later mtime (in seconds since 1970;
 	// SOURCE_DATE_EPOCH).
 	MaxTime *int64
-	// Exclude lists patterns in the form of path.Match. One with a slash is
-	// matched with the path from the root of the source (a leading slash
-	// counts as none), one without with the last element. What matches is
-	// left out with all that is below it.
+	// Exclude lists patterns in the form of path.Match: * and ? do not match
+	// a slash, and ** means no more than *. A pattern with a slash at its
+	// beginning or within is matched with the path from the root of the
+	// source, another with the last element. A slash at the end means
+	// nothing. What matches is left out with all that is below it. Warn is
+	// told of a pattern that matches nothing.
 	Exclude []string
 	// SkipUnreadable leaves out what cannot be read, and calls Warn for it,
 	// where otherwise the scan would fail.
@@ -57,10 +60,12 @@ func Scan(ctx context.Context, path string, opts *ScanOptions) (*Tree, error) {
 	if opts == nil {
 		opts = &ScanOptions{}
 	}
-	for _, p := range opts.Exclude {
-		if err := checkPattern(p); err != nil {
-			return nil, err
-		}
+	fi, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if !fi.IsDir() { // which opening might wait for, as it does for a fifo
+		return nil, &fs.PathError{Op: "open", Path: path, Err: errors.New("not a directory")}
 	}
 	root, err := openSourceDir(path)
 	if err != nil {
@@ -76,16 +81,41 @@ func scan(ctx context.Context, root sourceDir, opts *ScanOptions) (*Tree, error)
 	}
 	t.src = &source{tree: t, root: root, open: make(map[uint32]*openDir)}
 	s := &scanner{ctx: ctx, opts: opts, tree: t, links: make(map[fileID]uint32), sets: make(map[string]uint32)}
-	if err := s.run(); err != nil {
+	err := s.parseExclude()
+	if err == nil {
+		err = s.run()
+	}
+	if err != nil {
 		t.Close()
 		return nil, err
+	}
+	for _, p := range s.exclude {
+		if !p.matched {
+			s.warn("exclude pattern %q matches nothing", p.given)
+		}
 	}
 	return t, nil
 }
 
-func checkPattern(p string) error {
-	if _, err := path.Match(p, ""); err != nil {
-		return fmt.Errorf("exclude pattern %q: %w", p, err)
+// exclusion is one of ScanOptions.Exclude.
+type exclusion struct {
+	given, pattern string
+	anchored       bool // matched with the whole path
+	matched        bool
+}
+
+func (s *scanner) parseExclude() error {
+	for _, given := range s.opts.Exclude {
+		p := exclusion{given: given, pattern: strings.TrimRight(strings.TrimPrefix(given, "./"), "/")}
+		p.anchored = strings.Contains(p.pattern, "/") || strings.HasPrefix(given, "./")
+		p.pattern = strings.TrimLeft(p.pattern, "/")
+		if p.pattern == "" || p.pattern == "." {
+			return fmt.Errorf("exclude pattern %q names nothing that could be left out", given)
+		}
+		if _, err := path.Match(p.pattern, ""); err != nil {
+			return fmt.Errorf("exclude pattern %q: %w", given, err)
+		}
+		s.exclude = append(s.exclude, p)
 	}
 	return nil
 }
@@ -93,13 +123,14 @@ func checkPattern(p string) error {
 type fileID struct{ dev, ino uint64 }
 
 type scanner struct {
-	ctx   context.Context
-	opts  *ScanOptions
-	tree  *Tree
-	links map[fileID]uint32 // inodes that have more than one name
-	sets  map[string]uint32 // xattrSet.key -> inode.xattr
-	todo  []dir             // directories to be read, the next one last
-	names []dirent          // names of the directory being read, reused
+	ctx     context.Context
+	opts    *ScanOptions
+	tree    *Tree
+	links   map[fileID]uint32 // inodes that have more than one name
+	sets    map[string]uint32 // xattrSet.key -> inode.xattr
+	exclude []exclusion
+	todo    []dir    // directories to be read, the next one last
+	names   []dirent // names of the directory being read, reused
 }
 
 func (s *scanner) run() error {
@@ -325,16 +356,19 @@ func (s *scanner) inode(src sourceDir, full, name string, st *stat) (inode, erro
 }
 
 func (s *scanner) excluded(rel, name string) bool {
-	for _, p := range s.opts.Exclude {
+	out := false
+	for i := range s.exclude {
+		p := &s.exclude[i]
 		subject := name
-		if strings.Contains(p, "/") {
-			p, subject = strings.TrimPrefix(p, "/"), join(rel, name)
+		if p.anchored {
+			subject = join(rel, name)
 		}
-		if ok, _ := path.Match(p, subject); ok { // patterns were checked before
-			return true
+		if ok, _ := path.Match(p.pattern, subject); ok { // the pattern is a good one
+			p.matched = true
+			out = true
 		}
 	}
-	return false
+	return out
 }
 
 // unreadable turns a failure at one entry into a warning if that is wanted.

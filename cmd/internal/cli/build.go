@@ -35,7 +35,7 @@ type buildOptions struct {
 	compression    string
 	blockSize      string
 	noJournal      bool
-	reserved       float64
+	reserved       string
 	skipUnreadable bool
 	quiet          bool
 	progress       string
@@ -47,35 +47,37 @@ func newBuild(host Host) *cobra.Command {
 		Use:   "build SOURCE OUTPUT",
 		Short: "Make a disk with an ext4 file system from a directory",
 		Long: "Make a disk with an ext4 file system that holds what the directory SOURCE holds.\n" +
-			"OUTPUT is complete or not there: an older file is replaced at the very end.\n" +
-			"The same tree and the same options make the same bytes; SOURCE_DATE_EPOCH is an\n" +
-			"upper bound for all times.\n\n" +
-			"Sizes are bytes, or have one of the suffixes k, M, G, T (powers of 1024).",
+			"OUTPUT is complete or not there: an older file is replaced at the very end. Its\n" +
+			"extension tells the format: .qcow2; .raw, .img or .ext4 for raw.\n\n" +
+			"The same tree and the same options make the same bytes. Access times are not\n" +
+			"kept, and SOURCE_DATE_EPOCH is an upper bound for all others. What the user may\n" +
+			"not see is not packed: trusted extended attributes show for root alone.\n\n" +
+			"Sizes are bytes, or have one of the suffixes k, M, G, T, P, E (powers of 1024).",
 		Example: "  qimg build ./workload data.qcow2\n" +
 			"  qimg build --owner 1000 --free 2G --label data ./workload data.qcow2\n" +
 			"  qimg build -c --compression zstd --minimize ./workload small.qcow2",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return runBuild(cmd.Context(), host, &o, args)
+			return runBuild(cmd.Context(), host, &o, cmd.Flags().Changed, args)
 		},
 	}
 	f := cmd.Flags()
 	f.SortFlags = false
-	f.StringVarP(&o.format, "format", "f", "", "qcow2 or raw (default: by the extension of OUTPUT)")
-	f.StringVar(&o.size, "size", "", "size of the disk (default: what is needed and --free)")
-	f.StringVar(&o.free, "free", "", "free space, as a size or as N% of what is needed (default: 20%, at least 64M)")
+	f.StringVarP(&o.format, "format", "f", "", "qcow2 or raw (default: the extension of OUTPUT tells)")
+	f.StringVar(&o.size, "size", "", "size of the disk (default: what SOURCE needs, plus --free)")
+	f.StringVar(&o.free, "free", "", "free space in the disk: a size, or N% of what SOURCE needs (default: 20%, at least 64M)")
 	f.BoolVar(&o.minimize, "minimize", false, "the smallest disk that holds the tree")
 	f.StringVar(&o.label, "label", "", "name of the file system, at most 16 bytes")
 	f.StringVar(&o.uuid, "uuid", "", "UUID of the file system (default: from the content)")
-	f.StringVar(&o.owner, "owner", "", "UID[:GID] that everything belongs to (default: as in SOURCE)")
-	f.StringVar(&o.modeMask, "mode-mask", "", "octal permission bits that are kept: 755 takes write from group and others")
-	f.StringArrayVar(&o.exclude, "exclude", nil, "leave out what matches: a name, or with a / a path from SOURCE; * ? [] work (repeatable)")
-	f.StringVar(&o.compat, "compat", "1.1", "qcow2 version: 0.10 or 1.1")
+	f.StringVar(&o.owner, "owner", "", "UID[:GID] that everything belongs to, GID being UID if not given (default: as in SOURCE)")
+	f.StringVar(&o.modeMask, "mode-mask", "", "octal mode bits that files and directories keep: 755 takes write from group and others, and setuid, setgid, sticky from all")
+	f.StringArrayVar(&o.exclude, "exclude", nil, "leave out what matches, with all below it: a name as *.o, or with a slash a path from SOURCE as /tmp/* (repeatable)")
+	f.StringVar(&o.compat, "compat", "1.1", "qcow2 version: 0.10 (v2) or 1.1 (v3)")
 	f.StringVar(&o.clusterSize, "cluster-size", "64k", "qcow2 cluster size")
 	f.BoolVarP(&o.compress, "compress", "c", false, "compress the qcow2 clusters")
-	f.StringVar(&o.compression, "compression", "zlib", "zlib or zstd")
+	f.StringVar(&o.compression, "compression", "zlib", "of -c: zlib or zstd")
 	f.StringVar(&o.blockSize, "block-size", "4k", "ext4 block size: 1k, 2k or 4k")
 	f.BoolVar(&o.noJournal, "no-journal", false, "make no journal")
-	f.Float64Var(&o.reserved, "reserved", 0, "percent of the blocks that only root can use")
+	f.StringVar(&o.reserved, "reserved", "0", "percent of the blocks that only root can use")
 	f.BoolVar(&o.skipUnreadable, "skip-unreadable", false, "warn about what cannot be read, and leave it out")
 	f.BoolVarP(&o.quiet, "quiet", "q", false, "print errors and warnings only")
 	f.StringVar(&o.progress, "progress", "auto", "auto (a bar on a terminal), plain (lines) or none")
@@ -91,11 +93,11 @@ type disk struct {
 	freePercent    float64 // of what is needed; 0: layout says
 }
 
-func runBuild(ctx context.Context, host Host, o *buildOptions, args []string) error {
+func runBuild(ctx context.Context, host Host, o *buildOptions, given func(flag string) bool, args []string) error {
 	if len(args) != 2 {
 		return usagef("Expecting a source directory and an output file name")
 	}
-	d, err := o.parse(host, args[0], args[1])
+	d, err := o.parse(host, given, args[0], args[1])
 	if err != nil {
 		return err
 	}
@@ -108,23 +110,31 @@ func runBuild(ctx context.Context, host Host, o *buildOptions, args []string) er
 		return usagef("%v", err)
 	}
 	defer progress.Close()
-	warn := func(text string) { fmt.Fprintf(host.Err, "%s: warning: %s\n", host.name, text) }
+	warn := func(text string) { fmt.Fprintf(host.Err, "%s: warning: %s\n", host.name, printable(text)) }
 	d.scan.Warn = warn
 	if err := d.excludeOutput(warn); err != nil {
 		return err
 	}
+	// An output that cannot be made is found before the source is read.
+	out, err := newFile(d.output)
+	if err != nil {
+		return d.outputError(err)
+	}
+	if err := out.Abort(); err != nil {
+		return d.outputError(err)
+	}
 
 	tree, err := ext4img.Scan(ctx, d.source, &d.scan)
 	if err != nil {
-		return sourceError(err)
+		return d.sourceError(err)
 	}
 	defer tree.Close()
 	layout, err := d.newLayout(tree)
 	if err != nil {
-		return err
+		return d.sourceError(err)
 	}
 	if err := d.write(ctx, layout, progress); err != nil {
-		return err
+		return d.sourceError(err)
 	}
 	if !o.quiet {
 		progress.Close()
@@ -135,36 +145,41 @@ func runBuild(ctx context.Context, host Host, o *buildOptions, args []string) er
 }
 
 // parse reads the options.
-func (o *buildOptions) parse(host Host, source, output string) (*disk, error) {
+func (o *buildOptions) parse(host Host, given func(flag string) bool, source, output string) (*disk, error) {
 	d := &disk{source: source, output: output}
 	d.scan = ext4img.ScanOptions{Exclude: o.exclude, SkipUnreadable: o.skipUnreadable}
 	d.layout = ext4img.LayoutOptions{
-		Minimize: o.minimize, Label: o.label, NoJournal: o.noJournal, ReservedPercent: o.reserved,
+		Minimize: o.minimize, Label: o.label, NoJournal: o.noJournal,
 	}
-	return d, errors.Join(o.parseFormat(d), o.parseSizes(d), o.parseTree(d, host.Getenv))
+	return d, errors.Join(o.parseFormat(d, given), o.parseSizes(d), o.parseTree(d, host.Getenv))
 }
 
-func (o *buildOptions) parseFormat(d *disk) error {
+func (o *buildOptions) parseFormat(d *disk, given func(flag string) bool) error {
 	format := o.format
 	if format == "" {
 		switch ext := strings.ToLower(filepath.Ext(d.output)); ext {
-		case ".qcow2", ".qcow":
+		case ".qcow2":
 			format = "qcow2"
 		case ".raw", ".img", ".ext4":
 			format = "raw"
 		default:
-			return fmt.Errorf("%s: the extension does not tell the format; use -f qcow2 or -f raw", d.output)
+			return fmt.Errorf("%s: the extension does not tell the format: it is .qcow2, or .raw, .img, .ext4; otherwise use -f qcow2 or -f raw", d.output)
 		}
 	}
 	switch format {
 	case "raw":
-		if o.compress {
-			return errors.New("-c goes with qcow2 only")
+		for _, flag := range []string{"compress", "compression", "compat", "cluster-size"} {
+			if given(flag) {
+				return fmt.Errorf("--%s goes with qcow2 only", flag)
+			}
 		}
 		return nil
 	case "qcow2":
 	default:
 		return messagef("Unknown file format '%s'", format)
+	}
+	if given("compression") && !o.compress {
+		return errors.New("--compression goes with -c only")
 	}
 	cluster, err := sizeArg("cluster size", o.clusterSize)
 	if err != nil {
@@ -189,25 +204,28 @@ func (o *buildOptions) parseSizes(d *disk) (err error) {
 		return errors.New("only one of --size, --free and --minimize can be used")
 	}
 	if o.size != "" {
-		if d.layout.Size, err = sizeArg("size", o.size); err != nil {
+		if d.layout.Size, err = sizeArg("size '"+o.size+"'", o.size); err != nil {
 			return err
 		}
 		if d.layout.Size == 0 {
 			return errors.New("a disk of 0 bytes holds nothing")
 		}
+		if d.layout.Size <= math.MaxInt64-511 {
+			d.layout.Size = (d.layout.Size + 511) &^ 511 // disks have whole sectors
+		}
 	}
 	if percent, ok := strings.CutSuffix(o.free, "%"); ok {
 		d.freePercent, err = strconv.ParseFloat(percent, 64)
-		if err != nil || !(d.freePercent > 0 && d.freePercent <= 1e6) {
-			return fmt.Errorf("--free is a size or a percentage above 0, not '%s'", o.free)
+		if err != nil || !(d.freePercent >= 0 && d.freePercent <= 1e6) {
+			return fmt.Errorf("--free is a size or a percentage, not '%s'", o.free)
 		}
 	} else if o.free != "" {
-		if d.layout.Free, err = sizeArg("free space", o.free); err != nil {
+		if d.layout.Free, err = sizeArg("free space '"+o.free+"'", o.free); err != nil {
 			return err
 		}
-		if d.layout.Free == 0 {
-			d.layout.Minimize = true
-		}
+	}
+	if o.free != "" && d.freePercent == 0 && d.layout.Free == 0 {
+		d.layout.Minimize = true
 	}
 	block, err := sizeArg("block size", o.blockSize)
 	if err != nil {
@@ -217,8 +235,9 @@ func (o *buildOptions) parseSizes(d *disk) (err error) {
 		return fmt.Errorf("--block-size is 1k, 2k or 4k, not '%s'", o.blockSize)
 	}
 	d.layout.BlockSize = int(block)
-	if !(o.reserved >= 0 && o.reserved <= 50) {
-		return fmt.Errorf("--reserved is a percentage from 0 to 50, not %g", o.reserved)
+	d.layout.ReservedPercent, err = strconv.ParseFloat(strings.TrimSuffix(o.reserved, "%"), 64)
+	if r := d.layout.ReservedPercent; err != nil || !(r >= 0 && r <= 50) {
+		return fmt.Errorf("--reserved is a percentage from 0 to 50, not '%s'", o.reserved)
 	}
 	if o.uuid != "" {
 		if d.layout.UUID, err = ext4img.ParseUUID(o.uuid); err != nil {
@@ -251,7 +270,7 @@ func (o *buildOptions) parseTree(d *disk, getenv func(string) string) error {
 	}
 	if s := getenv("SOURCE_DATE_EPOCH"); s != "" {
 		t, err := strconv.ParseInt(s, 10, 64)
-		if err != nil {
+		if err != nil || t < 0 {
 			return messagef("SOURCE_DATE_EPOCH is a number of seconds, not '%s'", s)
 		}
 		d.scan.MaxTime = &t
@@ -264,11 +283,11 @@ func (o *buildOptions) parseTree(d *disk, getenv func(string) string) error {
 // and says so if there is something to leave out.
 func (d *disk) excludeOutput(warn func(string)) error {
 	source, err := filepath.EvalSymlinks(d.source)
-	if err != nil {
-		return sourceError(err)
+	if err == nil {
+		source, err = filepath.Abs(source)
 	}
-	if source, err = filepath.Abs(source); err != nil {
-		return err
+	if err != nil {
+		return nil // which the scan says better
 	}
 	places := []string{d.output}
 	if target, err := filepath.EvalSymlinks(d.output); err == nil && target != d.output {
@@ -286,8 +305,8 @@ func (d *disk) excludeOutput(warn func(string)) error {
 		if err != nil || rel == "." || !filepath.IsLocal(rel) {
 			continue
 		}
-		d.scan.Exclude = append(d.scan.Exclude, "/"+literal(filepath.ToSlash(rel)))
 		if _, err := os.Lstat(p); err == nil {
+			d.scan.Exclude = append(d.scan.Exclude, "/"+literal(filepath.ToSlash(rel)))
 			warn(p + " is the output: it is left out")
 		}
 	}
@@ -299,12 +318,36 @@ func literal(path string) string {
 	return strings.NewReplacer(`\`, `\\`, "*", `\*`, "?", `\?`, "[", `\[`).Replace(path)
 }
 
-// sourceError says what is wrong with the source in few words.
-func sourceError(err error) error {
-	if errors.Is(err, fs.ErrPermission) {
+// sourceError names the place of an error in the source as the user does.
+func (d *disk) sourceError(err error) error {
+	var pe *fs.PathError
+	if !errors.As(err, &pe) || pe.Path == d.source {
+		return err
+	}
+	if !filepath.IsAbs(pe.Path) {
+		err = &fs.PathError{Op: pe.Op, Path: printable(filepath.Join(d.source, pe.Path)), Err: pe.Err}
+	}
+	if errors.Is(err, fs.ErrPermission) && !d.scan.SkipUnreadable {
 		return withHint(err, "Use --skip-unreadable to leave out what cannot be read.\n")
 	}
 	return err
+}
+
+// outputError names the output, unless the error does so already.
+func (d *disk) outputError(err error) error {
+	if strings.Contains(err.Error(), d.output) || errors.Is(err, context.Canceled) {
+		return err
+	}
+	return prefixed(d.output, err)
+}
+
+// printable replaces what a terminal would take for a command.
+func printable(text string) string {
+	if strings.IndexFunc(text, func(r rune) bool { return !strconv.IsPrint(r) }) < 0 {
+		return text
+	}
+	quoted := strconv.Quote(text)
+	return strings.ReplaceAll(quoted[1:len(quoted)-1], `\"`, `"`)
 }
 
 // newLayout decides where everything goes.
@@ -320,10 +363,25 @@ func (d *disk) newLayout(tree *ext4img.Tree) (*ext4img.Layout, error) {
 	}
 	l, err := ext4img.NewLayout(tree, &d.layout)
 	var small *ext4img.SizeError
-	if errors.As(err, &small) && small.MinSize > 0 {
-		return nil, withHint(err, fmt.Sprintf("Use --size %s or more.\n", sizeFlag(small.MinSize)))
+	if errors.As(err, &small) {
+		return nil, d.tooSmall(small)
 	}
 	return l, err
+}
+
+// tooSmall says what a disk that is too small lacks.
+func (d *disk) tooSmall(e *ext4img.SizeError) error {
+	var hint strings.Builder
+	fmt.Fprintf(&hint, "Use --size %s or more.\n", sizeFlag(e.MinSize))
+	for i, dir := range e.Largest {
+		if i == 0 {
+			hint.WriteString("Largest directories:\n")
+		}
+		fmt.Fprintf(&hint, "%10s  %s\n", humanSize(uint64(dir.Bytes)), printable(filepath.Join(d.source, dir.Path)))
+	}
+	err := fmt.Errorf("a disk of %s is too small: %s needs %s (%d bytes) and %d inodes",
+		humanSize(uint64(e.Size)), d.source, humanSize(uint64(e.Bytes)), e.Bytes, e.Inodes)
+	return withHint(err, hint.String())
 }
 
 // sizeFlag is a size as a flag takes it, rounded up.
@@ -344,7 +402,7 @@ func sizeFlag(n int64) string {
 func (d *disk) write(ctx context.Context, layout *ext4img.Layout, progress *term.Progress) error {
 	out, err := newFile(d.output)
 	if err != nil {
-		return prefixed(d.output, err)
+		return d.outputError(err)
 	}
 	defer out.Abort()
 	wo := &ext4img.WriteOptions{Progress: progress.Update}
@@ -356,10 +414,15 @@ func (d *disk) write(ctx context.Context, layout *ext4img.Layout, progress *term
 	if err == nil {
 		err = ctx.Err()
 	}
-	if err != nil {
-		return fmt.Errorf("%s: %w", d.output, err)
+	if err == nil {
+		err = out.Commit()
 	}
-	return out.Commit()
+	// What is wrong with the source names a path below it, the rest is about
+	// the output.
+	if pe := (*fs.PathError)(nil); err != nil && (!errors.As(err, &pe) || filepath.IsAbs(pe.Path)) {
+		return d.outputError(err)
+	}
+	return err
 }
 
 func writeRaw(ctx context.Context, f *blockdev.File, layout *ext4img.Layout, wo *ext4img.WriteOptions) error {
