@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"math"
 	"slices"
+
+	"qimg/qcow2/blockdev"
 )
 
 // Severity tells what a finding means.
@@ -67,6 +69,7 @@ const (
 	RefcountBlockShared                           // refcount block: not referenced once
 	RefcountUnreadable                            // clusters whose refcount cannot be read; Value: how many
 	BitmapDirectoryBad                            // bitmap directory: cannot be parsed
+	BitmapTableOverlap                            // bitmap tables: larger together than the file
 	BitmapTableEntryBad                           // bitmap table entry: reserved bits or not aligned
 )
 
@@ -144,6 +147,8 @@ func (f Finding) String() string {
 		return fmt.Sprintf("Can't get refcount for cluster %d: %s", f.Index, f.Text)
 	case BitmapDirectoryBad:
 		return "ERROR bitmap directory: " + f.Text
+	case BitmapTableOverlap:
+		return fmt.Sprintf("ERROR bitmap %s: the tables of the bitmaps are larger than the file", f.Text)
 	case BitmapTableEntryBad:
 		return fmt.Sprintf("ERROR bitmap table entry %d of %s: %x", f.Index, f.Text, f.Value)
 	}
@@ -181,7 +186,8 @@ type checker struct {
 	refs   *refcounts
 	table  []byte // refcount table, as far as the file goes
 	fileSz int64
-	visits l2Visits // of all L2 tables that are aligned
+	visits l2Visits        // of all L2 tables that are aligned and hold anything
+	extent blockdev.Extent // of the file, that hole looked at last
 
 	done, total int64
 	buf         []byte // of readL2
@@ -243,14 +249,28 @@ func (c *checker) found(f Finding) {
 	}
 }
 
-// read returns a table, or less where the file ends, and tells the progress.
-func (c *checker) read(off, n int64) ([]byte, error) {
-	if err := c.ctx.Err(); err != nil {
-		return nil, err
+// entries calls f with the offset in a table and the value of each of its
+// entries, of 8 bytes, as far as the file goes. n is the bytes of the table.
+func (c *checker) entries(off, n int64, f func(at int64, entry uint64) error) error {
+	for at := int64(0); at < n; at += maxSlice {
+		if err := c.ctx.Err(); err != nil {
+			return err
+		}
+		b, err := readTable(c.im.dev, off+at, min(maxSlice, n-at))
+		if err != nil {
+			return fmt.Errorf("qcow2: check: table at %#x: %w", off, err)
+		}
+		c.progress(int64(len(b)))
+		for i := 0; i+8 <= len(b); i += 8 {
+			if err := f(at+int64(i), binary.BigEndian.Uint64(b[i:])); err != nil {
+				return err
+			}
+		}
+		if len(b) < maxSlice {
+			break // the end of the table or of the file
+		}
 	}
-	b, err := readTable(c.im.dev, off, n)
-	c.progress(int64(len(b)))
-	return b, err
+	return nil
 }
 
 func (c *checker) progress(n int64) {
@@ -428,31 +448,43 @@ func (c *checker) checkSnapshots() error {
 func (c *checker) checkL1(off, size, k int64, active bool) error {
 	g := &c.im.geo
 	c.refer(off, size*l1EntrySize, k)
-	b, err := c.read(off, size*l1EntrySize)
-	if err != nil {
-		return fmt.Errorf("qcow2: check: l1 table at %#x: %w", off, err)
-	}
-	for i := 0; i+l1EntrySize <= len(b); i += l1EntrySize {
-		entry := binary.BigEndian.Uint64(b[i:])
+	return c.entries(off, size*l1EntrySize, func(at int64, entry uint64) error {
 		if entry == 0 {
-			continue
+			return nil
 		}
 		if entry&l1ReservedMask != 0 {
-			c.found(Finding{Kind: L1Reserved, Off: off + int64(i), Index: int64(i / l1EntrySize), Value: entry, Count: k})
+			c.found(Finding{Kind: L1Reserved, Off: off + at, Index: at / l1EntrySize, Value: entry, Count: k})
 		}
 		l2 := int64(entry & l1OffsetMask)
 		c.refer(l2, g.clusterSize, k)
 		if g.inCluster(uint64(l2)) != 0 {
-			c.found(Finding{Kind: L2TableUnaligned, Off: l2, Index: int64(i / l1EntrySize), Value: entry, Count: k})
-			continue
+			c.found(Finding{Kind: L2TableUnaligned, Off: l2, Index: at / l1EntrySize, Value: entry, Count: k})
+			return nil
 		}
-		v := l2Visit{l2, k, 0}
-		if active {
-			v.active = k
+		// Nothing is in a table beyond the end, which refer has told, or in a
+		// hole of the file.
+		if l2 < c.fileSz && !c.hole(l2, g.clusterSize) {
+			v := l2Visit{l2, k, 0}
+			if active {
+				v.active = k
+			}
+			c.visits.add(v)
 		}
-		c.visits.add(v)
+		return nil
+	})
+}
+
+// hole reports whether the file is known to hold nothing in n bytes at off,
+// which is inside of it.
+func (c *checker) hole(off, n int64) bool {
+	if off < c.extent.Off || off >= c.extent.Off+c.extent.Len {
+		e, err := blockdev.NextExtent(c.im.dev, off)
+		if err != nil {
+			return false // reading tells
+		}
+		c.extent = e
 	}
-	return nil
+	return c.extent.Kind.ReadsZero() && min(off+n, c.fileSz) <= c.extent.Off+c.extent.Len
 }
 
 // checkL2 checks an L2 table and counts what it refers to.
@@ -544,26 +576,36 @@ func (c *checker) checkBitmaps() error {
 		return err
 	}
 	g := &c.im.geo
+	type table struct{ off, size int64 }
+	times := make(map[table]int64)
 	for _, bm := range list {
-		off, n := int64(bm.TableOffset), int64(bm.TableSize)*8
-		c.refer(off, n, 1)
-		for at := int64(0); at < n; at += maxSlice {
-			b, err := c.read(off+at, min(maxSlice, n-at))
-			if err != nil {
-				return fmt.Errorf("qcow2: check: bitmap table at %#x: %w", off, err)
+		times[table{int64(bm.TableOffset), int64(bm.TableSize) * 8}]++
+	}
+	var sum int64
+	for _, bm := range list {
+		t := table{int64(bm.TableOffset), int64(bm.TableSize) * 8}
+		k := times[t]
+		if k == 0 {
+			continue // done
+		}
+		delete(times, t)
+		c.refer(t.off, t.size, k)
+		// Tables that overlap could make this take forever.
+		if sum += max(0, min(t.size, c.fileSz-t.off)); sum > c.fileSz {
+			c.found(Finding{Kind: BitmapTableOverlap, Off: t.off, Text: bm.Name})
+			return nil
+		}
+		err := c.entries(t.off, t.size, func(at int64, entry uint64) error {
+			data := entry & bitmapTableOffsetMask
+			if entry&bitmapTableReservedMask != 0 || g.inCluster(data) != 0 || data != 0 && entry&bitmapTableAllOnes != 0 {
+				c.found(Finding{Kind: BitmapTableEntryBad, Off: t.off + at, Index: at / 8, Value: entry, Text: bm.Name, Count: k})
+			} else if data != 0 {
+				c.refer(int64(data), g.clusterSize, k)
 			}
-			for i := 0; i+8 <= len(b); i += 8 {
-				entry := binary.BigEndian.Uint64(b[i:])
-				data := entry & bitmapTableOffsetMask
-				if entry&bitmapTableReservedMask != 0 || g.inCluster(data) != 0 || data != 0 && entry&bitmapTableAllOnes != 0 {
-					c.found(Finding{Kind: BitmapTableEntryBad, Off: off + at + int64(i), Index: (at + int64(i)) / 8, Value: entry, Text: bm.Name})
-				} else if data != 0 {
-					c.refer(int64(data), g.clusterSize, 1)
-				}
-			}
-			if len(b) < maxSlice {
-				break // the end of the table or of the file
-			}
+			return nil
+		})
+		if err != nil {
+			return err
 		}
 	}
 	return nil
@@ -602,11 +644,15 @@ func (c *checker) compareRefcounts() error {
 	// Go by parts of refcount blocks, and pass over those without refcounts
 	// or references.
 	step := min(c.perSlice(), refcountChunk)
+	var counts [refcountChunk]uint32
 	for start := int64(0); start < c.refs.n; start += step {
 		if err := c.ctx.Err(); err != nil {
 			return err
 		}
 		end := min(start+step, c.refs.n)
+		if start%refcountChunk == 0 { // step divides it
+			c.refs.chunk(start, &counts)
+		}
 		b, err := c.im.refcountSlice(c.table, start)
 		if errors.Is(err, ErrCorrupt) {
 			c.found(Finding{Kind: RefcountUnreadable, Severity: Internal, Off: start << g.clusterBits, Index: start, Value: uint64(end - start), Count: end - start, Text: err.Error()})
@@ -619,7 +665,7 @@ func (c *checker) compareRefcounts() error {
 		}
 		for i := start; i < end; i++ {
 			stored := g.refcountIn(b, i)
-			counted := c.refs.get(i)
+			counted := uint64(counts[i%refcountChunk])
 			if stored != 0 || counted != 0 {
 				highest = i
 			}
@@ -642,25 +688,24 @@ func (c *checker) compareRefcounts() error {
 // refcounts.
 func (c *checker) checkCopied() error {
 	h, g := &c.im.header, &c.im.geo
-	l1, err := c.read(int64(h.L1TableOffset), int64(h.L1Size)*l1EntrySize)
-	if err != nil {
-		return fmt.Errorf("qcow2: check: l1 table at %#x: %w", h.L1TableOffset, err)
-	}
-	for i := 0; i+l1EntrySize <= len(l1); i += l1EntrySize {
-		entry := binary.BigEndian.Uint64(l1[i:])
+	err := c.entries(int64(h.L1TableOffset), int64(h.L1Size)*l1EntrySize, func(at int64, entry uint64) error {
 		l2 := int64(entry & l1OffsetMask)
 		if l2 == 0 {
-			continue
+			return nil
 		}
 		stored, err := c.refcount(l2 >> g.clusterBits)
 		if errors.Is(err, ErrCorrupt) {
-			continue // compareRefcounts has told
+			return nil // compareRefcounts has told
 		} else if err != nil {
 			return err
 		}
 		if (stored == 1) != (entry&oflagCopied != 0) {
-			c.found(Finding{Kind: L1Copied, Off: int64(h.L1TableOffset) + int64(i), Index: int64(i / l1EntrySize), Value: entry, Refcount: stored})
+			c.found(Finding{Kind: L1Copied, Off: int64(h.L1TableOffset) + at, Index: at / l1EntrySize, Value: entry, Refcount: stored})
 		}
+		return nil
+	})
+	if err != nil {
+		return err
 	}
 	for _, v := range c.visits.list {
 		if v.active > 0 {

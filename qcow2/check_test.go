@@ -7,7 +7,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"path/filepath"
-	"qimg/qcow2/blockdev/oracle"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -15,6 +15,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"qimg/qcow2"
+	"qimg/qcow2/blockdev"
+	"qimg/qcow2/blockdev/oracle"
 )
 
 // checkMap gives a result the form of qemu-img check --output=json.
@@ -196,6 +198,19 @@ func TestFindings(t *testing.T) {
 		{"refcount block shared", qcow2.RefcountBlockShared, put(qcow2.TinyReftable+8, qcow2.TinyRefblock), ""},
 		{"bitmap directory", qcow2.BitmapDirectoryBad, tiny(func(x *qcow2.Tiny) { bitmaps(x, 0) }), "qemu-img ends the check there"},
 		{"bitmap table entry", qcow2.BitmapTableEntryBad, tiny(func(x *qcow2.Tiny) { bitmaps(x, 2) }), "qemu-img ends the check there"},
+		{"bitmap table beyond the end", qcow2.BeyondEnd, tiny(func(x *qcow2.Tiny) {
+			bitmaps(x, 1)
+			x.Put(qcow2.TinyEnd+8, 1<<(32+16)|2)
+		}), "qemu-img ends the check there"},
+		{"bitmap tables overlap", qcow2.BitmapTableOverlap, tiny(func(x *qcow2.Tiny) {
+			bitmaps(x, 1)
+			x.Header.Extensions[0].Data[3], x.Header.Extensions[0].Data[15] = 4, 96
+			for i := range uint64(4) {
+				x.Put(qcow2.TinyEnd+24*int(i), 512*i+512)
+				x.Put(qcow2.TinyEnd+24*int(i)+8, 256<<32|2)
+				x.Put(qcow2.TinyEnd+24*int(i)+16, 1<<56|9<<48)
+			}
+		}), "qemu-img does not look"},
 		{"good bitmap", 0, tiny(func(x *qcow2.Tiny) { bitmaps(x, 1) }), ""},
 		{"good", 0, tiny(func(*qcow2.Tiny) {}), ""},
 		{"good with extended L2 entries", 0, large(5*16<<10|copied, 1), ""},
@@ -313,6 +328,102 @@ func TestCheckHostile(t *testing.T) {
 	}
 	if d := time.Since(start); d > 20*time.Second {
 		t.Errorf("took %v", d)
+	}
+}
+
+// sparse is a tiny image in a device of size bytes, most of which is a hole.
+func sparse(t *testing.T, size int64, change func(x *qcow2.Tiny)) *qcow2.Image {
+	t.Helper()
+	x := qcow2.NewTiny()
+	change(x)
+	dev := blockdev.NewMemory(size)
+	if _, err := dev.WriteAt(x.Bytes(), 0); err != nil {
+		t.Fatal(err)
+	}
+	im, err := qcow2.New(dev, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return im
+}
+
+// TestCheckBounds: what a small file says of a large hole neither takes long
+// nor much memory to check.
+func TestCheckBounds(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		size   int64
+		change func(x *qcow2.Tiny)
+		want   qcow2.FindingKind
+		count  int64
+	}{
+		{"65535 bitmaps with one table", 16 << 20, func(x *qcow2.Tiny) {
+			const n = 65535
+			bitmaps(x, 0)
+			x.Image = append(x.Image, make([]byte, 24*n)...)
+			for i := range n {
+				x.Put(qcow2.TinyEnd+24*i, 8<<20)
+				x.Put(qcow2.TinyEnd+24*i+8, 1<<(32+20)|2)
+				x.Put(qcow2.TinyEnd+24*i+16, 1<<56|9<<48)
+			}
+			ext := x.Header.Extensions[0].Data
+			binary.BigEndian.PutUint32(ext, n)
+			binary.BigEndian.PutUint64(ext[8:], 24*n)
+		}, qcow2.RefcountTooLow, 3070 + 16384},
+		{"2048 clusters of 64 GiB", 64 << 30, func(x *qcow2.Tiny) {
+			x.Header.Size, x.Header.L1Size = 1<<20, 32
+			x.Image = append(x.Image, make([]byte, 32<<10)...)
+			for i := range 32 {
+				x.Put(qcow2.TinyL1+8*i, uint64(8<<10+512*i))
+			}
+			for i := range 2048 {
+				x.Put(8<<10+8*i, uint64(i+1)<<25-512)
+			}
+		}, qcow2.RefcountTooLow, 2048 + 32},
+		{"L2 tables in a hole of 512 GiB", 512 << 30, func(x *qcow2.Tiny) {
+			const c = 2 << 20
+			x.Header.ClusterBits, x.Header.RefcountTableOffset = 21, c
+			x.Header.L1TableOffset, x.Header.L1Size = 3*c, 256<<10
+			x.Image = make([]byte, 4*c)
+			for i := range 256 << 10 {
+				x.Put(3*c+8*i, uint64(i)*c|1<<63)
+			}
+		}, qcow2.L1Copied, 256<<10 - 1},
+		{"L2 tables beyond the end", 4 << 21, func(x *qcow2.Tiny) {
+			const c = 2 << 20
+			x.Header.ClusterBits, x.Header.RefcountTableOffset = 21, c
+			x.Header.L1TableOffset, x.Header.L1Size = 3*c, 256<<10
+			x.Image = make([]byte, 4*c)
+			for i := range 256 << 10 {
+				x.Put(3*c+8*i, uint64(i+4)*c)
+			}
+		}, qcow2.BeyondEnd, 256 << 10},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			im := sparse(t, c.size, c.change)
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			start, found := time.Now(), int64(0)
+			_, err := im.Check(t.Context(), &qcow2.CheckOptions{Found: func(f qcow2.Finding) {
+				if f.Kind == c.want {
+					found += f.Count
+				}
+				if f.Kind == qcow2.BitmapTableOverlap {
+					t.Error(f)
+				}
+			}})
+			if err != nil || found != c.count {
+				t.Errorf("%d findings of kind %v, expected %d; %v", found, c.want, c.count, err)
+			}
+			runtime.ReadMemStats(&after)
+			t.Logf("%v, %d bytes", time.Since(start), after.TotalAlloc-before.TotalAlloc)
+			if n := after.TotalAlloc - before.TotalAlloc; n > 64<<20 {
+				t.Errorf("allocated %d bytes", n)
+			}
+			if d := time.Since(start); d > 10*time.Second {
+				t.Errorf("took %v", d)
+			}
+		})
 	}
 }
 
