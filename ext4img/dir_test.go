@@ -24,7 +24,7 @@ func buildDir(t testing.TB, dir string, so *ext4img.ScanOptions, lo *ext4img.Lay
 		t.Fatal(err)
 	}
 	defer tree.Close()
-	layout, err := ext4img.NewLayout(tree, lo)
+	layout, err := ext4img.NewLayout(t.Context(), tree, lo)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -171,7 +171,7 @@ func TestSymlinksAreNotFollowed(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		layout, err := ext4img.NewLayout(tree, nil)
+		layout, err := ext4img.NewLayout(t.Context(), tree, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -213,7 +213,7 @@ func TestGrowingFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer tree.Close()
-	layout, err := ext4img.NewLayout(tree, nil)
+	layout, err := ext4img.NewLayout(t.Context(), tree, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -260,7 +260,7 @@ func TestSinkWithGranularity(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer tree.Close()
-	layout, err := ext4img.NewLayout(tree, &ext4img.LayoutOptions{Size: 100<<20 + 512})
+	layout, err := ext4img.NewLayout(t.Context(), tree, &ext4img.LayoutOptions{Size: 100<<20 + 512})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -2,6 +2,8 @@ package ext4img
 
 import "encoding/binary"
 
+const maxNameLen = 255 // EXT4_NAME_LEN
+
 // direntTailLen is the entry at the end of a directory block that holds its
 // checksum (kernel: fs/ext4/ext4.h, struct ext4_dir_entry_tail).
 const direntTailLen = 12
@@ -58,7 +60,7 @@ func (l *Layout) putLinearDir(block []byte, d uint32) {
 		l.putEntry(&w, dr.first+i)
 	}
 	if d == 0 && l.ownLostFound {
-		w.add(lostFoundID, []byte(lostFoundName), fileType(modeDir))
+		w.add(lostFoundIno, []byte(lostFoundName), fileType(modeDir))
 	}
 	w.finish(l, ino)
 }
@@ -76,10 +78,31 @@ const lostFoundName = "lost+found"
 func (l *Layout) putLostFound(block []byte, index int64) {
 	w := direntWriter{block: block}
 	if index == 0 {
-		w.add(lostFoundID, []byte("."), fileType(modeDir))
+		w.add(lostFoundIno, []byte("."), fileType(modeDir))
 		w.add(rootIno, []byte(".."), fileType(modeDir))
 	} else {
 		w.add(0, nil, 0)
 	}
-	w.finish(l, lostFoundID)
+	w.finish(l, lostFoundIno)
+}
+
+// fileType is the file_type of a directory entry for a mode.
+func fileType(mode uint16) uint8 {
+	switch mode & modeType {
+	case modeReg:
+		return 1
+	case modeDir:
+		return 2
+	case modeChar:
+		return 3
+	case modeBlock:
+		return 4
+	case modeFifo:
+		return 5
+	case modeSocket:
+		return 6
+	case modeLink:
+		return 7
+	}
+	return 0
 }

@@ -32,7 +32,7 @@ func Example() {
 		log.Fatal(err)
 	}
 	defer tree.Close()
-	layout, err := ext4img.NewLayout(tree, &ext4img.LayoutOptions{Size: 64 << 20, Label: "data"})
+	layout, err := ext4img.NewLayout(ctx, tree, &ext4img.LayoutOptions{Size: 64 << 20, Label: "data"})
 	if err != nil {
 		log.Fatal(err) // a *ext4img.SizeError says how large the disk has to be
 	}

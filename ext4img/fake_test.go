@@ -75,7 +75,7 @@ func (d fakeDir) readlink(name string) (string, error) {
 	return e.target, err
 }
 
-func (d fakeDir) xattrs(name string, _ uint16, fn func(name, value string) error) error {
+func (d fakeDir) xattrs(name string, fn func(name, value string) error) error {
 	e, err := d.entry(name)
 	if err != nil {
 		return err
@@ -190,7 +190,7 @@ func scanFake(t testing.TB, root *fakeEntry, seed uint64, opts *ScanOptions) *Tr
 // writeImage lays a tree out and writes it to a sparse file.
 func writeImage(t testing.TB, tree *Tree, lo *LayoutOptions, wo *WriteOptions) (path string, l *Layout) {
 	t.Helper()
-	l, err := NewLayout(tree, lo)
+	l, err := NewLayout(t.Context(), tree, lo)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,11 +1,19 @@
 package ext4img
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"math"
 	"slices"
 	"sort"
+)
+
+// So many groups keep their bitmaps and inode tables together (mke2fs's
+// default).
+const (
+	logGroupsPerFlex = 4
+	groupsPerFlex    = 1 << logGroupsPerFlex
 )
 
 // run is a run of blocks.
@@ -34,10 +42,6 @@ type geometry struct {
 
 	meta []run     // all of the above, ascending, merged
 	free []freeRun // the rest
-
-	// dropped is how many blocks at the end are too few for a group and were
-	// left out; blocks that many fewer than minLastGroup have no use.
-	dropped, minLastGroup int64
 }
 
 type freeRun struct {
@@ -55,8 +59,8 @@ func newGeometry(blockSize, blocks, need, wish int64) (*geometry, error) {
 		blocks:         blocks,
 		blocksPerGroup: 8 * blockSize,
 	}
-	if blockSize == superblockSize {
-		g.firstDataBlock = 1
+	if blockSize == minBlockSize {
+		g.firstDataBlock = 1 // block 0 holds the boot sectors alone
 	}
 	for {
 		if err := g.divide(need, wish); err != nil {
@@ -73,8 +77,6 @@ func newGeometry(blockSize, blocks, need, wish int64) (*geometry, error) {
 			}
 			break
 		}
-		g.dropped += n
-		g.minLastGroup = least
 		g.blocks -= n
 	}
 	if err := g.place(); err != nil {
@@ -125,8 +127,8 @@ func (g *geometry) place() error {
 	if g.firstDataBlock > 0 {
 		g.meta = append(g.meta, run{0, g.firstDataBlock})
 	}
+	slices.SortFunc(g.meta, byStart)
 	base := slices.Clone(g.meta)
-	slices.SortFunc(base, func(a, b run) int { return int(min(max(a.start-b.start, -1), 1)) })
 
 	g.inodeTable = make([]int64, g.groups)
 	for first := int64(0); first < g.groups; first += groupsPerFlex {
@@ -160,16 +162,9 @@ func (g *geometry) place() error {
 				return err
 			}
 		}
-		// With many inodes the tables may reach into the next flex group,
-		// whose own structures then have to begin behind them.
-		if next := first + groupsPerFlex; next < g.groups && at > g.groupStart(next) {
-			base = append(base, run{g.groupStart(next), at})
-			slices.SortFunc(base, func(a, b run) int { return int(min(max(a.start-b.start, -1), 1)) })
-			base = mergeRuns(base)
-		}
 	}
 
-	slices.SortFunc(g.meta, func(a, b run) int { return int(min(max(a.start-b.start, -1), 1)) })
+	slices.SortFunc(g.meta, byStart)
 	g.meta = mergeRuns(g.meta)
 	var at, pos int64
 	for _, m := range append(g.meta, run{g.blocks, g.blocks}) {
@@ -181,6 +176,8 @@ func (g *geometry) place() error {
 	}
 	return nil
 }
+
+func byStart(a, b run) int { return cmp.Compare(a.start, b.start) }
 
 // mergeRuns joins runs that touch or overlap; they are ascending.
 func mergeRuns(runs []run) []run {

@@ -2,6 +2,8 @@ package ext4img
 
 import "encoding/binary"
 
+const descSize = 64 // s_desc_size, with the 64bit feature
+
 // bg_flags.
 const (
 	bgInodeUninit = 0x1 // the inode bitmap is not written: all free
@@ -85,7 +87,7 @@ func (l *Layout) dirsPerGroup() []int64 {
 		n[int64(l.ino(l.tree.dirs.at(uint32(d)).inode)-1)/per]++
 	}
 	if l.ownLostFound {
-		n[(lostFoundID-1)/per]++
+		n[(lostFoundIno-1)/per]++
 	}
 	return n
 }

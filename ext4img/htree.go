@@ -147,7 +147,7 @@ func (h *htree) putBlock(l *Layout, block []byte, index int64) {
 	w := direntWriter{block: block}
 	for _, e := range h.order[h.leaves[leaf]:end] {
 		if e.entry == ownLostFoundEntry {
-			w.add(lostFoundID, []byte(lostFoundName), fileType(modeDir))
+			w.add(lostFoundIno, []byte(lostFoundName), fileType(modeDir))
 			continue
 		}
 		l.putEntry(&w, e.entry)

@@ -2,6 +2,33 @@ package ext4img
 
 import "encoding/binary"
 
+// i_flags.
+const (
+	indexFl    = 0x1000   // the directory has an htree
+	hugeFileFl = 0x40000  // i_blocks counts file system blocks
+	extentsFl  = 0x80000  // i_block holds an extent tree
+	eaInodeFl  = 0x200000 // the inode holds the value of an xattr
+)
+
+// i_mode: the type of a file.
+const (
+	modeType   = 0xf000
+	modeFifo   = 0x1000
+	modeChar   = 0x2000
+	modeDir    = 0x4000
+	modeBlock  = 0x6000
+	modeReg    = 0x8000
+	modeLink   = 0xa000
+	modeSocket = 0xc000
+)
+
+const (
+	inodeSize  = 256
+	extraIsize = 32 // i_extra_isize: the inode ends with i_projid
+	inodeBody  = 128 + extraIsize
+	maxLinks   = 65000 // EXT4_LINK_MAX
+)
+
 // diskInode is an inode as it is written (kernel:
 // Documentation/filesystems/ext4/inodes.rst).
 type diskInode struct {
@@ -103,7 +130,7 @@ func (f *filler) putInode(b []byte, ino uint32) {
 	case ino == journalIno && l.journalBlocks > 0:
 		l.journalDiskInode().put(l, b, ino)
 		return
-	case ino == lostFoundID && l.ownLostFound:
+	case ino == lostFoundIno && l.ownLostFound:
 		n := diskInode{mode: modeDir | 0o700, links: 2, size: l.lostFound.n * l.geo.blockSize, sec: l.time}
 		f.setObject(&n, single(l.lostFound.pos, l.lostFound.n))
 		n.put(l, b, ino)
@@ -116,7 +143,8 @@ func (f *filler) putInode(b []byte, ino uint32) {
 	}
 	i := l.index(ino)
 	t := l.tree.inodes.at(i)
-	n := diskInode{mode: t.mode, uid: t.uid, gid: t.gid, links: t.links, size: t.size, sec: t.sec, nsec: t.nsec}
+	n := diskInode{mode: t.mode, uid: t.uid, gid: t.gid, links: t.links, size: t.size}
+	n.sec, n.nsec = l.tree.mtime(t)
 	if i == 0 && l.ownLostFound {
 		n.links++
 	}

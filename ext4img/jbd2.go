@@ -2,14 +2,18 @@ package ext4img
 
 import "encoding/binary"
 
-// journalBlocks is the size of a journal in a file system of that many
-// blocks, in blocks: mke2fs's default (lib/ext2fs/mkjournal.c,
-// ext2fs_default_journal_size). 0: too small for one.
+// journalSizes tells the size of a journal, in blocks, in a file system of less
+// than that many blocks: mke2fs's default (lib/ext2fs/mkjournal.c,
+// ext2fs_default_journal_size).
+var journalSizes = [...]struct{ below, size int64 }{
+	{2048, 0}, {32768, 1024}, {256 << 10, 4096}, {512 << 10, 8192}, {4096 << 10, 16384},
+	{8192 << 10, 32768}, {16384 << 10, 65536}, {32768 << 10, 131072},
+}
+
+// journalBlocks is the size of the journal of a file system of that many
+// blocks; 0: it is too small for one.
 func journalBlocks(blocks int64) int64 {
-	for _, s := range [...]struct{ below, size int64 }{
-		{2048, 0}, {32768, 1024}, {256 << 10, 4096}, {512 << 10, 8192}, {4096 << 10, 16384},
-		{8192 << 10, 32768}, {16384 << 10, 65536}, {32768 << 10, 131072},
-	} {
+	for _, s := range journalSizes {
 		if blocks < s.below {
 			return s.size
 		}

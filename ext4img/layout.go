@@ -2,6 +2,7 @@ package ext4img
 
 import (
 	"cmp"
+	"context"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
@@ -29,8 +30,8 @@ type LayoutOptions struct {
 	Minimize bool
 	// Label is the volume name: at most 16 bytes.
 	Label string
-	// UUID and HashSeed of the file system; zero: derived from the tree and
-	// these options.
+	// UUID and HashSeed of the file system; zero: derived from these options
+	// and from the tree, that is from everything but the content of files.
 	UUID     UUID
 	HashSeed UUID
 	// BlockSize is 1024, 2048 or 4096; 0: 4096.
@@ -46,6 +47,7 @@ type LayoutOptions struct {
 }
 
 const (
+	maxSize          = 1 << 55 // no ext4 is larger with the blocks that there are
 	defaultFreeBytes = 64 << 20
 	inodeRatio       = 16384 // bytes of free space for each free inode
 	inodeRatioMax    = 65536 // bytes of disk for each inode, at most
@@ -98,7 +100,7 @@ type Layout struct {
 	journalBlocks int64
 
 	zones          zones
-	reservedBlocks int64
+	reservedBlocks int64 // s_r_blocks_count
 	usedPositions  int64
 	denseEnd       int64 // every block before it is in use
 	gdt            []byte
@@ -165,7 +167,7 @@ func (e *SizeError) Error() string {
 
 // NewLayout decides the whole file system. It reads nothing but the tree.
 // A disk that is too small gives a *SizeError.
-func NewLayout(t *Tree, opts *LayoutOptions) (*Layout, error) {
+func NewLayout(ctx context.Context, t *Tree, opts *LayoutOptions) (*Layout, error) {
 	if opts == nil {
 		opts = &LayoutOptions{}
 	}
@@ -178,8 +180,8 @@ func NewLayout(t *Tree, opts *LayoutOptions) (*Layout, error) {
 		return nil, fmt.Errorf("label %q has %d bytes: expected 16 at most", opts.Label, len(opts.Label))
 	case strings.ContainsRune(opts.Label, 0):
 		return nil, errors.New("label: a zero byte")
-	case opts.Size < 0 || opts.Free < 0:
-		return nil, errors.New("a size below zero")
+	case opts.Size < 0 || opts.Free < 0 || opts.Size > maxSize || opts.Free > maxSize:
+		return nil, fmt.Errorf("size %d, free space %d: expected 0 to %d", opts.Size, opts.Free, int64(maxSize))
 	case !(opts.ReservedPercent >= 0 && opts.ReservedPercent <= 50):
 		return nil, fmt.Errorf("reserved percentage %g: expected 0 to 50", opts.ReservedPercent)
 	case opts.Size > 0 && (opts.Free > 0 || opts.Minimize), opts.Free > 0 && opts.Minimize:
@@ -187,10 +189,10 @@ func NewLayout(t *Tree, opts *LayoutOptions) (*Layout, error) {
 	}
 	l.identify(opts)
 	l.geo = &geometry{blockSize: blockSize} // enough for planning; solve replaces it
-	if err := l.plan(); err != nil {
+	if err := l.plan(ctx); err != nil {
 		return nil, err
 	}
-	if err := l.solve(opts); err != nil {
+	if err := l.solve(ctx, opts); err != nil {
 		return nil, err
 	}
 	l.finish()
@@ -220,12 +222,15 @@ func (l *Layout) identify(opts *LayoutOptions) {
 
 // plan finds what has blocks and how many, which depends on the block size but
 // not on the size of the disk.
-func (l *Layout) plan() error {
+func (l *Layout) plan(ctx context.Context) error {
 	t, bs := l.tree, l.geo.blockSize
 	if int64(t.inodes.len())+firstIno > math.MaxUint32 {
 		return errTreeTooLarge
 	}
 	for d := range t.dirs.len() {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
 		n := int64(1)
 		if l.linearLen(uint32(d)) > bs-direntTailLen {
 			h := l.planHtree(uint32(d))
@@ -307,92 +312,118 @@ func (l *Layout) planXattrs() error {
 
 // solve finds the size: the one asked for, or the smallest that leaves enough
 // free.
-func (l *Layout) solve(opts *LayoutOptions) error {
+func (l *Layout) solve(ctx context.Context, opts *LayoutOptions) error {
 	bs := l.geo.blockSize
 	need := l.demand() * bs
+	if opts.Size > 0 {
+		spare, err := l.spare(opts, opts.Size/bs, 0)
+		if err != nil {
+			return err
+		}
+		if spare < 0 {
+			return l.tooSmall(ctx, opts)
+		}
+		l.size = opts.Size
+		return nil
+	}
 	free := opts.Free
 	if free == 0 && !opts.Minimize {
 		free = max(need/5, defaultFreeBytes)
 	}
-	if opts.Size > 0 {
-		err := l.try(opts, opts.Size/bs, max(opts.Size-need, 0))
-		if err == nil && l.room(0) {
-			l.size = opts.Size
-			return nil
-		}
-		if err != nil && !errors.Is(err, errTooFewBlocks) {
+	blocks, err := l.smallest(ctx, opts, free)
+	if err != nil {
+		return err
+	}
+	if !opts.Minimize {
+		// A round size, unless that is worse, as it is where a last group would
+		// be too small to be of use.
+		round := ceilDiv(blocks*bs, 1<<20) << 20 / bs
+		if spare, err := l.spare(opts, round, free); err != nil || spare >= 0 {
+			l.size = round * bs
 			return err
 		}
-		return l.tooSmall(opts)
 	}
-	return l.grow(opts, func(int64) int64 { return free }, free)
+	l.size = blocks * bs
+	_, err = l.spare(opts, blocks, free)
+	return err
 }
 
-// grow finds the smallest number of blocks that leaves that many bytes free.
-// inodeFree tells for a size in bytes how much free space gets inodes.
-//
-// It starts below the answer and adds what is missing, which never goes beyond
-// the answer as long as more blocks never need fewer blocks for themselves.
-func (l *Layout) grow(opts *LayoutOptions, inodeFree func(size int64) int64, free int64) error {
-	bs := l.geo.blockSize
-	blocks := l.demand() + ceilDiv(free, bs)
-	if !opts.NoJournal {
-		blocks = max(blocks, minJournalBlocks)
+// smallest finds a number of blocks that leaves that many bytes free, where one
+// block less does not. Where that is so in several places, which the size of
+// the journal can make, it is the first of them.
+func (l *Layout) smallest(ctx context.Context, opts *LayoutOptions, free int64) (int64, error) {
+	low := l.demand() - 1 // too few
+	var high, spare int64 // enough, once above 0, and how many too many
+	test := func(blocks int64) error {
+		n, err := l.spare(opts, blocks, free)
+		if n >= 0 {
+			high, spare = blocks, n
+		} else {
+			low = max(low, blocks)
+		}
+		return cmp.Or(ctx.Err(), err)
 	}
-	for range 1000 {
-		err := l.try(opts, blocks, inodeFree(blocks*bs))
-		switch {
-		case errors.Is(err, errTooFewBlocks):
-			blocks += max(blocks/64, 16)
-		case err != nil:
-			return err
-		case l.geo.dropped > 0:
-			// The last group is too small to be of use: make it just large
-			// enough.
-			blocks = l.geo.blocks + l.geo.minLastGroup
-			if l.room(free) {
-				blocks = l.geo.blocks
+	// The most that each size of journal allows comes first, then steps that
+	// double.
+	for _, s := range journalSizes {
+		if high == 0 && !opts.NoJournal && s.below-1 > low {
+			if err := test(s.below - 1); err != nil {
+				return 0, err
 			}
-		case l.room(free):
-			if !opts.Minimize && free > 0 && blocks*bs%(1<<20) != 0 {
-				blocks = ceilDiv(blocks*bs, 1<<20) << 20 / bs
-				continue
-			}
-			l.size = l.geo.blocks * bs
-			return nil
-		default:
-			blocks += max(ceilDiv(free, bs)+l.reservedBlocks+l.usedPositions-l.geo.freeBlocks(), 1)
 		}
 	}
-	return errors.New("ext4img: internal error: no size was found")
+	for step := ceilDiv(free, l.geo.blockSize) + 1024; high == 0; step *= 2 {
+		if err := test(low + step); err != nil {
+			return 0, err
+		}
+	}
+	// What is to spare is not needed; where that is a bad guess, halves get
+	// there.
+	for guess := true; low+1 < high; guess = !guess {
+		next := low + (high-low)/2
+		if guess {
+			next = max(high-max(spare, 1), low+1)
+		}
+		if err := test(next); err != nil {
+			return 0, err
+		}
+	}
+	return high, nil
 }
 
 // tooSmall makes the error that says what would be large enough.
-func (l *Layout) tooSmall(opts *LayoutOptions) error {
+func (l *Layout) tooSmall(ctx context.Context, opts *LayoutOptions) error {
 	e := &SizeError{Size: opts.Size, Inodes: int64(l.lastIno()), Largest: l.largestDirs(5)}
-	free := func(size int64) int64 { return max(size-l.demand()*l.geo.blockSize, 0) }
-	if err := l.grow(opts, free, 0); err != nil {
+	blocks, err := l.smallest(ctx, opts, 0)
+	if err != nil {
 		return err
 	}
-	e.MinSize = l.size
+	if _, err := l.spare(opts, blocks, 0); err != nil {
+		return err
+	}
+	e.MinSize = blocks * l.geo.blockSize
 	e.Bytes = l.usedPositions * l.geo.blockSize
 	return e
 }
 
-// try lays the tree out on that many blocks, with inodes for the tree and for
-// that many bytes of free space.
-func (l *Layout) try(opts *LayoutOptions, blocks, free int64) error {
+// spare lays the tree out on that many blocks, and returns how many are left
+// when that many bytes are free for anybody; below 0 there are too few.
+func (l *Layout) spare(opts *LayoutOptions, blocks, free int64) (int64, error) {
 	if !opts.NoJournal && blocks < minJournalBlocks {
-		return errTooFewBlocks
+		return -1, nil
 	}
+	bs := l.geo.blockSize
 	need := int64(l.lastIno())
 	wish := need
 	if !opts.Minimize {
-		wish = max(need+free/inodeRatio, blocks*l.geo.blockSize/inodeRatioMax)
+		wish = max(need+(blocks-l.demand())*bs/inodeRatio, blocks*bs/inodeRatioMax)
 	}
-	g, err := newGeometry(l.geo.blockSize, blocks, need, wish)
+	g, err := newGeometry(bs, blocks, need, wish)
+	if errors.Is(err, errTooFewBlocks) {
+		return -1, nil
+	}
 	if err != nil {
-		return err
+		return -1, err
 	}
 	l.geo = g
 	l.journalBlocks = 0
@@ -401,14 +432,20 @@ func (l *Layout) try(opts *LayoutOptions, blocks, free int64) error {
 	}
 	l.reservedBlocks = int64(float64(g.blocks) * opts.ReservedPercent / 100)
 	l.allocate()
-	return nil
+	if free == 0 {
+		return l.freeBlocks(), nil
+	}
+	return l.availBlocks() - ceilDiv(free, bs), nil
 }
 
-// room reports whether the tree fits and leaves that many bytes free for
-// anybody.
-func (l *Layout) room(free int64) bool {
-	return l.geo.freeBlocks()-l.usedPositions-l.reservedBlocks >= ceilDiv(free, l.geo.blockSize) ||
-		free == 0 && l.geo.freeBlocks() >= l.usedPositions
+// freeBlocks is s_free_blocks_count; below 0 the tree does not fit.
+func (l *Layout) freeBlocks() int64 { return l.geo.freeBlocks() - l.usedPositions }
+
+// availBlocks is what anybody can still allocate: not those that are reserved,
+// nor those that the kernel keeps for extents that have to be split
+// (fs/ext4/super.c, ext4_calculate_resv_clusters).
+func (l *Layout) availBlocks() int64 {
+	return l.freeBlocks() - l.reservedBlocks - min(l.geo.blocks/50, 4096)
 }
 
 // demand is a lower bound of the blocks that the tree takes.
@@ -545,7 +582,7 @@ func (l *Layout) ino(i uint32) uint32 {
 	case i == 0:
 		return rootIno
 	case lf != 0 && i == lf:
-		return lostFoundID
+		return lostFoundIno
 	case lf != 0 && i > lf:
 		return firstIno + i - 1
 	}
@@ -558,7 +595,7 @@ func (l *Layout) index(ino uint32) uint32 {
 	switch {
 	case ino == rootIno:
 		return 0
-	case ino == lostFoundID:
+	case ino == lostFoundIno:
 		return lf
 	case lf != 0 && ino-firstIno >= lf:
 		return ino - firstIno + 1
@@ -608,12 +645,9 @@ func (l *Layout) largestDirs(most int) []DirSize {
 // Size returns the size of the disk in bytes.
 func (l *Layout) Size() int64 { return l.size }
 
-// FreeBytes returns what anybody can still write, in bytes.
-func (l *Layout) FreeBytes() int64 {
-	return max(l.freeBlocks()-l.reservedBlocks, 0) * l.geo.blockSize
-}
-
-func (l *Layout) freeBlocks() int64 { return l.geo.freeBlocks() - l.usedPositions }
+// FreeBytes returns what anybody can still write, in bytes: what statfs calls
+// available on a mounted disk.
+func (l *Layout) FreeBytes() int64 { return max(l.availBlocks(), 0) * l.geo.blockSize }
 
 // FreeInodes returns how many more files fit.
 func (l *Layout) FreeInodes() int64 {

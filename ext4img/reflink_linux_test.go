@@ -50,7 +50,7 @@ func TestReflink(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer tree.Close()
-	layout, err := ext4img.NewLayout(tree, nil)
+	layout, err := ext4img.NewLayout(t.Context(), tree, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

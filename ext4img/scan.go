@@ -37,9 +37,6 @@ type ScanOptions struct {
 	// Warn, if not nil, is told of what could not be kept: text about one
 	// path, without a newline.
 	Warn func(text string)
-	// Progress, if not nil, is called now and then with the number of entries
-	// found so far.
-	Progress func(entries int64)
 }
 
 // Owner is the owner of a file.
@@ -196,7 +193,10 @@ func (s *scanner) readDir(dr dir) error {
 	}
 	slices.SortFunc(names, func(a, b dirent) int { return bytes.Compare(t.name(&a), t.name(&b)) })
 
-	for _, e := range names {
+	for i, e := range names {
+		if err := s.ctx.Err(); err != nil && i%1024 == 0 {
+			return err
+		}
 		if err := s.entry(src, d, rel, string(t.name(&e)), e); err != nil {
 			return err
 		}
@@ -274,9 +274,6 @@ func (s *scanner) entry(src sourceDir, d uint32, rel, name string, e dirent) err
 	if st.links > 1 && !isDir && st.ino != 0 {
 		s.links[id] = e.inode
 	}
-	if p := s.opts.Progress; p != nil && t.entries.len()%4096 == 0 {
-		p(int64(t.entries.len()))
-	}
 	return nil
 }
 
@@ -321,13 +318,12 @@ func (s *scanner) inode(src sourceDir, full, name string, st *stat) (inode, erro
 	if n.sec < minTime || n.sec > maxTime && s.opts.MaxTime == nil {
 		s.warn("%s: mtime %d s after 1970 is outside what ext4 holds (1901 to 2446); the nearest is taken", full, n.sec)
 	}
-	n.sec, n.nsec = s.tree.clampTime(n.sec, n.nsec)
 
 	var set xattrSet
 	if name == "" {
 		name = "."
 	}
-	err := src.xattrs(name, st.mode, func(x, value string) error {
+	err := src.xattrs(name, func(x, value string) error {
 		index, short, ok := splitXattr(x)
 		if !ok {
 			s.warn("%s: xattr %s is left out: ext4 has no such namespace", full, x)

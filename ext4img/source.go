@@ -13,8 +13,8 @@ type sourceDir interface {
 	readNames(fn func(name string) error) error
 	lstat(name string) (stat, error)
 	readlink(name string) (string, error)
-	// xattrs calls fn with every xattr of an entry of the given mode.
-	xattrs(name string, mode uint16, fn func(name, value string) error) error
+	// xattrs calls fn with every xattr of an entry.
+	xattrs(name string, fn func(name, value string) error) error
 	// readable says whether a regular file or directory could be read.
 	readable(name string, isDir bool) error
 	openDir(name string) (sourceDir, error)

@@ -73,24 +73,26 @@ func (d *fdDir) readNames(fn func(name string) error) error {
 }
 
 func (d *fdDir) lstat(name string) (stat, error) {
-	var st unix.Stat_t
-	if err := retry(func() error { return unix.Fstatat(d.fd, name, &st, unix.AT_SYMLINK_NOFOLLOW) }); err != nil {
-		return stat{}, err
-	}
-	return unixStat(&st)
+	return statx(d.fd, name, unix.AT_SYMLINK_NOFOLLOW)
 }
 
-func unixStat(st *unix.Stat_t) (stat, error) {
+// statx is used rather than stat, which has 32 bits for a time on machines of
+// 32 bits.
+func statx(fd int, name string, flags int) (stat, error) {
+	var st unix.Statx_t
+	if err := retry(func() error { return unix.Statx(fd, name, flags, unix.STATX_BASIC_STATS, &st) }); err != nil {
+		return stat{}, err
+	}
 	s := stat{
-		mode: uint16(st.Mode), uid: st.Uid, gid: st.Gid, links: uint32(st.Nlink), size: st.Size,
-		sec: int64(st.Mtim.Sec), nsec: uint32(st.Mtim.Nsec), dev: uint64(st.Dev), ino: st.Ino,
+		mode: st.Mode, uid: st.Uid, gid: st.Gid, links: st.Nlink, size: int64(st.Size),
+		sec: st.Mtime.Sec, nsec: st.Mtime.Nsec, dev: unix.Mkdev(st.Dev_major, st.Dev_minor), ino: st.Ino,
 		// A large file can have holes and blocks beyond its end.
 		sparse: st.Blocks*512 < st.Size || st.Size >= 1<<20,
 	}
 	if t := s.mode & modeType; t == modeChar || t == modeBlock {
 		var ok bool
-		if s.rdev, ok = newEncodeDev(unix.Major(uint64(st.Rdev)), unix.Minor(uint64(st.Rdev))); !ok {
-			return s, errors.New("device number does not fit 12:20 bits")
+		if s.rdev, ok = newEncodeDev(st.Rdev_major, st.Rdev_minor); !ok {
+			return s, errDevice
 		}
 	}
 	return s, nil
@@ -139,7 +141,7 @@ func (d *fdDir) open(name string) (sourceFile, error) {
 }
 
 // xattrs reads all xattrs of one entry.
-func (d *fdDir) xattrs(name string, mode uint16, fn func(name, value string) error) error {
+func (d *fdDir) xattrs(name string, fn func(name, value string) error) error {
 	path := d.proc + name
 	var small [1024]byte
 	list, err := readWhole(small[:], func(b []byte) (int, error) { return unix.Llistxattr(path, b) })
@@ -216,13 +218,7 @@ func (f *fdFile) ReadAt(p []byte, off int64) (int, error) {
 	return done, nil
 }
 
-func (f *fdFile) stat() (stat, error) {
-	var st unix.Stat_t
-	if err := retry(func() error { return unix.Fstat(f.fd, &st) }); err != nil {
-		return stat{}, err
-	}
-	return unixStat(&st)
-}
+func (f *fdFile) stat() (stat, error) { return statx(f.fd, "", unix.AT_EMPTY_PATH) }
 
 func (f *fdFile) spans(size int64) ([]span, error) {
 	var spans []span

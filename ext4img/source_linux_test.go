@@ -47,7 +47,7 @@ func TestPortableSource(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer tree.Close()
-		l, err := NewLayout(tree, nil)
+		l, err := NewLayout(t.Context(), tree, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

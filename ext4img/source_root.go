@@ -53,12 +53,12 @@ func (d rootDir) lstat(name string) (stat, error) {
 	if err != nil {
 		return stat{}, err
 	}
-	return fileInfoStat(fi), nil
+	return fileInfoStat(fi)
 }
 
 func (d rootDir) readlink(name string) (string, error) { return d.root.Readlink(name) }
 
-func (d rootDir) xattrs(string, uint16, func(name, value string) error) error { return nil }
+func (d rootDir) xattrs(string, func(name, value string) error) error { return nil }
 
 func (d rootDir) readable(name string, _ bool) error {
 	f, err := d.root.Open(name)
@@ -122,7 +122,7 @@ func (f rootFile) stat() (stat, error) {
 	if err != nil {
 		return stat{}, err
 	}
-	return fileInfoStat(fi), nil
+	return fileInfoStat(fi)
 }
 
 func (f rootFile) spans(size int64) ([]span, error) { return []span{{0, size}}, nil }
@@ -132,7 +132,7 @@ func (f rootFile) kernelFile() *os.File { return f.f }
 func (f rootFile) close() error { return f.f.Close() }
 
 // fileInfoStat turns what os knows into what ext4 stores.
-func fileInfoStat(fi os.FileInfo) stat {
+func fileInfoStat(fi os.FileInfo) (stat, error) {
 	m := fi.Mode()
 	mode := uint16(m.Perm())
 	for _, b := range [...]struct {
@@ -160,9 +160,10 @@ func fileInfoStat(fi os.FileInfo) stat {
 		mode |= modeChar
 	}
 	st := stat{mode: mode, links: 1, size: fi.Size(), sec: fi.ModTime().Unix(), nsec: uint32(fi.ModTime().Nanosecond())}
-	addSysStat(&st, fi)
-	return st
+	return st, addSysStat(&st, fi)
 }
+
+var errDevice = errors.New("the device number does not fit 12 bits of major, 20 bits of minor")
 
 // newEncodeDev packs device numbers as ext4 stores them: 12 bits of major, 20
 // bits of minor (kernel: include/linux/kdev_t.h, new_encode_dev). ok is false

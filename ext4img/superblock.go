@@ -1,6 +1,9 @@
 package ext4img
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+	"math/bits"
+)
 
 // putSuperblock writes the superblock as the copy in that group has it
 // (kernel: Documentation/filesystems/ext4/super.rst).
@@ -31,28 +34,28 @@ func (l *Layout) putSuperblock(b []byte, group int64) {
 	le.PutUint32(b[0x54:], firstIno)                   // s_first_ino
 	le.PutUint16(b[0x58:], inodeSize)                  // s_inode_size
 	le.PutUint16(b[0x5a:], uint16(group))              // s_block_group_nr
-	compat, incompat, roCompat := l.features()         //
-	le.PutUint32(b[0x5c:], compat)                     // s_feature_compat
-	le.PutUint32(b[0x60:], incompat)                   // s_feature_incompat
-	le.PutUint32(b[0x64:], roCompat)                   // s_feature_ro_compat
-	copy(b[0x68:0x78], l.uuid[:])                      // s_uuid
-	copy(b[0x78:0x88], l.label)                        // s_volume_name
-	le.PutUint16(b[0xce:], uint16(g.reservedGDT))      // s_reserved_gdt_blocks
-	for i, w := range l.hashSeed {                     //
+	compat, incompat, roCompat := l.features()
+	le.PutUint32(b[0x5c:], compat)                // s_feature_compat
+	le.PutUint32(b[0x60:], incompat)              // s_feature_incompat
+	le.PutUint32(b[0x64:], roCompat)              // s_feature_ro_compat
+	copy(b[0x68:0x78], l.uuid[:])                 // s_uuid
+	copy(b[0x78:0x88], l.label)                   // s_volume_name
+	le.PutUint16(b[0xce:], uint16(g.reservedGDT)) // s_reserved_gdt_blocks
+	for i, w := range l.hashSeed {
 		le.PutUint32(b[0xec+4*i:], w) // s_hash_seed
-	} //
+	}
 	b[0xfc] = hashVersionHalfMD4                 // s_def_hash_version
 	le.PutUint16(b[0xfe:], descSize)             // s_desc_size
 	le.PutUint32(b[0x100:], defaultMountOptions) // s_default_mount_opts
 	le.PutUint32(b[0x108:], uint32(l.time))      // s_mkfs_time
-	if l.journalBlocks > 0 {                     //
-		le.PutUint32(b[0xe0:], journalIno)             // s_journal_inum
-		b[0xfd] = 1                                    // s_jnl_backup_type: inode
-		n := l.journalDiskInode()                      // s_jnl_blocks: i_block, size
-		copy(b[0x10c:], n.block[:])                    //
-		le.PutUint32(b[0x10c+60:], uint32(n.size>>32)) //
-		le.PutUint32(b[0x10c+64:], uint32(n.size))     //
-	} //
+	if l.journalBlocks > 0 {
+		le.PutUint32(b[0xe0:], journalIno) // s_journal_inum
+		b[0xfd] = 1                        // s_jnl_backup_type: inode
+		n := l.journalDiskInode()          // s_jnl_blocks: i_block, size
+		copy(b[0x10c:], n.block[:])
+		le.PutUint32(b[0x10c+60:], uint32(n.size>>32))
+		le.PutUint32(b[0x10c+64:], uint32(n.size))
+	}
 	le.PutUint16(b[0x15c:], extraIsize)                               // s_min_extra_isize
 	le.PutUint16(b[0x15e:], extraIsize)                               // s_want_extra_isize
 	le.PutUint32(b[0x160:], signedHash)                               // s_flags
@@ -62,9 +65,11 @@ func (l *Layout) putSuperblock(b []byte, group int64) {
 }
 
 const (
+	superblockSize      = 1024
+	superblockOff       = 1024 // place of the primary superblock on the disk
+	minBlockSize        = 1024
 	defaultMountOptions = 0x4 | 0x8 // user_xattr, acl: mke2fs's default
 	signedHash          = 1         // EXT2_FLAGS_SIGNED_HASH
-	logGroupsPerFlex    = 4
 )
 
 // features returns the feature words of the superblock: mke2fs's defaults for
@@ -90,9 +95,5 @@ func (l *Layout) features() (compat, incompat, roCompat uint32) {
 
 // logBlockSize is s_log_block_size: 0 for 1 KiB.
 func logBlockSize(size int64) uint32 {
-	n := uint32(0)
-	for ; size > superblockSize; size >>= 1 {
-		n++
-	}
-	return n
+	return uint32(bits.TrailingZeros64(uint64(size / minBlockSize)))
 }

@@ -10,14 +10,19 @@ import (
 )
 
 // addSysStat adds what only Unix knows of a file.
-func addSysStat(st *stat, fi os.FileInfo) {
+func addSysStat(st *stat, fi os.FileInfo) error {
 	sys, ok := fi.Sys().(*syscall.Stat_t)
 	if !ok {
-		return
+		return nil
 	}
 	st.uid, st.gid = sys.Uid, sys.Gid
 	st.links = uint32(sys.Nlink)
 	st.dev, st.ino = uint64(sys.Dev), sys.Ino
-	rdev := uint64(sys.Rdev)
-	st.rdev, _ = newEncodeDev(unix.Major(rdev), unix.Minor(rdev))
+	if t := st.mode & modeType; t == modeChar || t == modeBlock {
+		rdev := uint64(sys.Rdev)
+		if st.rdev, ok = newEncodeDev(unix.Major(rdev), unix.Minor(rdev)); !ok {
+			return errDevice
+		}
+	}
+	return nil
 }

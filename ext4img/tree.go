@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"crypto/sha256"
 	"encoding/binary"
+	"slices"
 	"sort"
 	"strings"
 )
@@ -27,9 +28,9 @@ type Tree struct {
 
 // inode is one file of the tree, whatever the number of its names.
 type inode struct {
-	size  int64  // regular file: bytes; symlink: length of the target
-	sec   int64  // mtime, seconds since 1970
-	nsec  uint32 // mtime, nanoseconds
+	size  int64 // regular file: bytes; symlink: length of the target
+	sec   int64 // mtime of the source, seconds since 1970; Tree.mtime tells what is stored
+	nsec  uint32
 	uid   uint32
 	gid   uint32
 	rdev  uint32 // device numbers, as new_encode_dev packs them
@@ -107,17 +108,17 @@ func (t *Tree) dirOf(entry uint32) uint32 {
 	return uint32(sort.Search(t.dirs.len(), func(i int) bool { return t.dirs.at(uint32(i)).first > entry }) - 1)
 }
 
-// clampTime returns the time that is stored for an mtime: ext4 holds 34 bits of
+// mtime returns the time that is stored for an inode: ext4 holds 34 bits of
 // seconds, from 1901-12-13 to 2446-05-10 (kernel:
 // Documentation/filesystems/ext4/inodes.rst, "Inode Timestamps").
-func (t *Tree) clampTime(sec int64, nsec uint32) (int64, uint32) {
+func (t *Tree) mtime(n *inode) (sec int64, nsec uint32) {
 	switch {
-	case sec < minTime:
+	case n.sec < minTime:
 		return minTime, 0
-	case sec > t.maxTime:
+	case n.sec > t.maxTime:
 		return t.maxTime, 0
 	}
-	return sec, nsec
+	return n.sec, n.nsec
 }
 
 // dirPath returns the path of a directory, slash-separated, relative to the
@@ -130,9 +131,7 @@ func (t *Tree) dirPath(d uint32) string {
 	for ; d != 0; d = t.dirs.at(d).parent {
 		parts = append(parts, string(t.name(t.entries.at(t.dirs.at(d).entry))))
 	}
-	for i, j := 0, len(parts)-1; i < j; i, j = i+1, j-1 {
-		parts[i], parts[j] = parts[j], parts[i]
-	}
+	slices.Reverse(parts)
 	return strings.Join(parts, "/")
 }
 
@@ -170,8 +169,9 @@ func (t *Tree) digest(salt string) [32]byte {
 	for i := range t.inodes.len() {
 		n := t.inodes.at(uint32(i))
 		b = binary.LittleEndian.AppendUint64(b[:0], uint64(n.size))
-		b = binary.LittleEndian.AppendUint64(b, uint64(n.sec))
-		for _, v := range [...]uint32{n.nsec, n.uid, n.gid, n.rdev, n.links, n.xattr, uint32(n.mode)} {
+		sec, nsec := t.mtime(n)
+		b = binary.LittleEndian.AppendUint64(b, uint64(sec))
+		for _, v := range [...]uint32{nsec, n.uid, n.gid, n.rdev, n.links, n.xattr, uint32(n.mode)} {
 			b = binary.LittleEndian.AppendUint32(b, v)
 		}
 		w.Write(b)

@@ -23,7 +23,8 @@ import (
 // A sink with an Abort method is told so when the image will not be finished, so
 // that no WriteAt goes on waiting for others.
 //
-// A sink that is a blockdev.RangeCopier is asked to take large files itself.
+// A sink that is a blockdev.RangeCopier is asked to take large files itself, by
+// several calls at a time, also beside WriteAt.
 type Sink interface {
 	io.WriterAt
 }
@@ -108,15 +109,15 @@ type writer struct {
 	runs   []run                // what is written, ascending
 	copies []fileRun            // parts of runs that the sink is asked to copy
 
-	mu   sync.Mutex
-	at   int64 // next block
-	run  int   // index into runs
-	copy int   // index into copies
+	mu  sync.Mutex
+	at  int64 // next block
+	run int   // index into runs
+	cp  int   // index into copies
 
-	// write is held by WriteAt: writers of one file wait for each other in the
+	// writeMu is held by WriteAt: writers of one file wait for each other in the
 	// kernel anyway, and burn the processor meanwhile.
-	write sync.Mutex
-	many  bool // several WriteAt at a time
+	writeMu sync.Mutex
+	many    bool // several WriteAt at a time
 }
 
 // fileRun is a run of blocks that holds a file from a byte on.
@@ -186,14 +187,14 @@ func (w *writer) next() (r run, c *fileRun, ok bool) {
 		return run{}, nil, false
 	}
 	cur := w.runs[w.run]
-	if w.copy < len(w.copies) && w.copies[w.copy].start == w.at {
-		c = &w.copies[w.copy]
-		w.copy++
+	if w.cp < len(w.copies) && w.copies[w.cp].start == w.at {
+		c = &w.copies[w.cp]
+		w.cp++
 		r = c.run
 	} else {
 		end := min(cur.end, (w.at/w.unit+1)*w.unit)
-		if w.copy < len(w.copies) {
-			end = min(end, w.copies[w.copy].start)
+		if w.cp < len(w.copies) {
+			end = min(end, w.copies[w.cp].start)
 		}
 		r = run{w.at, end}
 	}
@@ -251,8 +252,8 @@ func (w *writer) fillRun(f *filler, buf []byte, r run) error {
 	off := r.start * bs
 	buf = buf[:min(int64(len(buf)), w.l.size-off)]
 	if !w.many {
-		w.write.Lock()
-		defer w.write.Unlock()
+		w.writeMu.Lock()
+		defer w.writeMu.Unlock()
 	}
 	_, err := w.sink.WriteAt(buf, off)
 	return err
@@ -269,7 +270,11 @@ func (w *writer) copyRun(c *fileRun) (blocks int64, err error) {
 	}
 	defer src.close()
 	want := min(c.len()*bs, l.tree.inodes.at(c.inode).size-c.off)
-	n, err := w.copier.CopyRange(c.start*bs, src.f.kernelFile(), c.off, want)
+	file := src.f.kernelFile()
+	if file == nil {
+		return 0, nil
+	}
+	n, err := w.copier.CopyRange(c.start*bs, file, c.off, want)
 	switch {
 	case errors.Is(err, errors.ErrUnsupported):
 		if n == 0 {
@@ -288,7 +293,7 @@ func (w *writer) copyRun(c *fileRun) (blocks int64, err error) {
 func (w *writer) forgetCopies() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.copies, w.copy = nil, 0
+	w.copies, w.cp = nil, 0
 }
 
 // openFile is a regular file of the tree's source, opened for reading.
@@ -346,7 +351,6 @@ func (o *openFile) check() error {
 		return pathError("stat", o.path(), err)
 	}
 	n := o.t.inodes.at(o.inode)
-	sec, nsec := o.t.clampTime(now.sec, now.nsec)
 	switch {
 	case now.mode&modeType != modeReg:
 		return o.changed("it is no regular file any more")
@@ -354,7 +358,7 @@ func (o *openFile) check() error {
 		return o.changed(fmt.Sprintf("it grew from %d to %d bytes", n.size, now.size))
 	case now.size < n.size:
 		return o.changed(fmt.Sprintf("it shrank from %d to %d bytes", n.size, now.size))
-	case sec != n.sec || nsec != n.nsec:
+	case now.sec != n.sec || now.nsec != n.nsec:
 		return o.changed("it was written to")
 	}
 	return nil

@@ -67,7 +67,7 @@ func newBuild(host Host) *cobra.Command {
 	f.StringVar(&o.free, "free", "", "free space in the disk: a size, or N% of what SOURCE needs (default: 20%, at least 64M)")
 	f.BoolVar(&o.minimize, "minimize", false, "the smallest disk that holds the tree")
 	f.StringVar(&o.label, "label", "", "name of the file system, at most 16 bytes")
-	f.StringVar(&o.uuid, "uuid", "", "UUID of the file system (default: from the content)")
+	f.StringVar(&o.uuid, "uuid", "", "UUID of the file system (default: made from names, metadata and options)")
 	f.StringVar(&o.owner, "owner", "", "UID[:GID] that everything belongs to, GID being UID if not given (default: as in SOURCE)")
 	f.StringVar(&o.modeMask, "mode-mask", "", "octal mode bits that files and directories keep: 755 takes write from group and others, and setuid, setgid, sticky from all")
 	f.StringArrayVar(&o.exclude, "exclude", nil, "leave out what matches, with all below it: a name as *.o, or with a slash a path from SOURCE as /tmp/* (repeatable)")
@@ -129,7 +129,7 @@ func runBuild(ctx context.Context, host Host, o *buildOptions, given func(flag s
 		return d.sourceError(err)
 	}
 	defer tree.Close()
-	layout, err := d.newLayout(tree)
+	layout, err := d.newLayout(ctx, tree)
 	if err != nil {
 		return d.sourceError(err)
 	}
@@ -351,17 +351,17 @@ func printable(text string) string {
 }
 
 // newLayout decides where everything goes.
-func (d *disk) newLayout(tree *ext4img.Tree) (*ext4img.Layout, error) {
+func (d *disk) newLayout(ctx context.Context, tree *ext4img.Tree) (*ext4img.Layout, error) {
 	if d.freePercent > 0 {
 		smallest := d.layout
 		smallest.Minimize = true
-		l, err := ext4img.NewLayout(tree, &smallest)
+		l, err := ext4img.NewLayout(ctx, tree, &smallest)
 		if err != nil {
 			return nil, err
 		}
 		d.layout.Free = int64(max(1, math.Round(float64(l.Size())*d.freePercent/100)))
 	}
-	l, err := ext4img.NewLayout(tree, &d.layout)
+	l, err := ext4img.NewLayout(ctx, tree, &d.layout)
 	var small *ext4img.SizeError
 	if errors.As(err, &small) {
 		return nil, d.tooSmall(small)
@@ -434,7 +434,7 @@ func writeRaw(ctx context.Context, f *blockdev.File, layout *ext4img.Layout, wo 
 
 func (d *disk) writeQcow2(ctx context.Context, f *blockdev.File, layout *ext4img.Layout, wo *ext4img.WriteOptions) error {
 	d.qcow2.Extents = layout.Extents()
-	img, err := qcow2.NewWriter(f, layout.Size(), d.qcow2)
+	img, err := qcow2.NewWriter(ctx, f, layout.Size(), d.qcow2)
 	if err != nil {
 		return err
 	}
