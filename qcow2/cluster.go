@@ -28,7 +28,8 @@ type run struct {
 	entry uint64 // L2 entry of a compressed cluster
 }
 
-// hole is a range of the guest whose L1 entries are all empty.
+// hole is a range of the guest whose L1 entries are all empty. The entry at its
+// end may be empty too.
 type hole struct{ start, end int64 }
 
 // maxSlice is the largest part of an L2 table or refcount block that is read
@@ -59,10 +60,10 @@ func (im *Image) lookup(off, limit int64) (run, error) {
 	entry := im.l1Entry(index)
 	l2Off := int64(entry & l1OffsetMask)
 	if l2Off == 0 {
-		return run{runUnallocated, min(limit, im.holeEnd(off)-off), -1, 0}, nil
+		return run{runUnallocated, min(limit, im.holeEnd(off, limit)-off), -1, 0}, nil
 	}
 	if g.inCluster(uint64(l2Off)) != 0 {
-		return run{}, &FormatError{"l1 entry", index * l1EntrySize, "l2 table offset",
+		return run{}, &FormatError{"l1 entry", im.l1Off + index*l1EntrySize, "l2 table offset",
 			fmt.Sprintf("%#x not aligned to %#x", l2Off, g.clusterSize), ErrCorrupt}
 	}
 	if l2Off >= im.dev.Size() { // zeroes
@@ -101,21 +102,32 @@ func (im *Image) lookup(off, limit int64) (run, error) {
 	return r, nil
 }
 
-// holeEnd returns the end of the run of empty L1 entries around off.
-func (im *Image) holeEnd(off int64) int64 {
-	if h := im.hole.Load(); h != nil && h.start <= off && off < h.end {
-		return h.end
-	}
+// holeEnd returns the end of the run of empty L1 entries around off, or a place
+// in the run that is limit bytes from off or more.
+func (im *Image) holeEnd(off, limit int64) int64 {
 	s := im.geo.l2Coverage()
-	i, n := off>>s+1, int64(len(im.l1)/l1EntrySize)
-	for i < n && im.l1Entry(i)&l1OffsetMask == 0 {
-		i++
+	start, i := off>>s<<s, off>>s+1
+	h := im.hole.Load()
+	known := h != nil && h.start <= off && off < h.end
+	if known {
+		if h.end-off >= limit || h.end == im.size {
+			return h.end
+		}
+		start, i = h.start, h.end>>s
 	}
-	end := im.size
-	if i < n && i<<s < im.size {
-		end = i << s
+	for n := int64(len(im.l1) / l1EntrySize); i<<s-off < limit; i++ {
+		if i >= n {
+			i = (im.size-1)>>s + 1 // the rest of the table is empty
+			break
+		}
+		if im.l1Entry(i)&l1OffsetMask != 0 {
+			break
+		}
 	}
-	im.hole.Store(&hole{off >> s << s, end})
+	end := min(i<<s, im.size)
+	if !known || end > h.end {
+		im.hole.Store(&hole{start, end})
+	}
 	return end
 }
 

@@ -66,6 +66,7 @@ type Image struct {
 	geo       geometry
 	size      int64
 	l1        []byte // L1 table as stored, as far as the file goes
+	l1Off     int64  // where it lies in the file
 	snapshots []Snapshot
 	snapEnd   int64 // end of the snapshot table, 0 without snapshots
 
@@ -136,7 +137,8 @@ func (s *shared) open(dev blockdev.Reader) (*Image, error) {
 	if im.snapshots, im.snapEnd, err = readSnapshots(dev, &im.header); err != nil {
 		return nil, err
 	}
-	l1Off, l1Size := im.header.L1TableOffset, im.header.L1Size
+	l1Size := im.header.L1Size
+	im.l1Off = int64(im.header.L1TableOffset)
 	if im.id == 0 && s.opts.Snapshot != "" {
 		sn, err := findSnapshot(im.snapshots, s.opts.Snapshot)
 		if err != nil {
@@ -145,10 +147,10 @@ func (s *shared) open(dev blockdev.Reader) (*Image, error) {
 		if err := im.useSnapshot(sn); err != nil {
 			return nil, err
 		}
-		l1Off, l1Size = sn.L1TableOffset, sn.L1Size
+		im.l1Off, l1Size = int64(sn.L1TableOffset), sn.L1Size
 	}
-	if im.l1, err = readTable(dev, int64(l1Off), int64(l1Size)*l1EntrySize); err != nil {
-		return nil, fmt.Errorf("qcow2: l1 table at %#x: %w", l1Off, err)
+	if im.l1, err = readTable(dev, im.l1Off, int64(l1Size)*l1EntrySize); err != nil {
+		return nil, fmt.Errorf("qcow2: l1 table at %#x: %w", im.l1Off, err)
 	}
 	if err = im.openDataFile(); err == nil {
 		err = im.openBacking()

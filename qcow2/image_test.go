@@ -133,10 +133,11 @@ func TestBadEntries(t *testing.T) {
 		off   int
 		entry uint64
 		text  string
+		at    int64
 	}{
-		{"l1 entry", qcow2.TinyL1, 0x8000000000000800 | 1<<56, ""}, // reserved bits do not matter
-		{"zero flag in version 2", qcow2.TinyL2 + 8, 1, "l2 entry at 0x808: zero flag in a version 2 image"},
-		{"garbage", qcow2.TinyL2 + 16, 1<<62 | 2560, "compressed cluster at 0xa00"},
+		{"l1 entry", qcow2.TinyL1, 0x8000000000000800 | 1<<56, "", 0}, // reserved bits do not matter
+		{"zero flag in version 2", qcow2.TinyL2 + 8, 1, "l2 entry at 0x808: zero flag in a version 2 image", 0x808},
+		{"garbage", qcow2.TinyL2 + 16, 1<<62 | 2560, "compressed cluster at 0xa00", 0xa00},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			x := qcow2.NewTiny()
@@ -148,10 +149,48 @@ func TestBadEntries(t *testing.T) {
 				if err != nil {
 					t.Error(err)
 				}
-			} else if !errors.Is(err, qcow2.ErrCorrupt) || !strings.Contains(err.Error(), c.text) {
-				t.Errorf("%v, expected %q", err, c.text)
+				return
+			}
+			var bad *qcow2.FormatError
+			if !errors.Is(err, qcow2.ErrCorrupt) || !errors.As(err, &bad) || bad.Off != c.at || !strings.Contains(err.Error(), c.text) {
+				t.Errorf("%v, expected %q at %#x", err, c.text, c.at)
 			}
 		})
+	}
+}
+
+// TestBadL1Entry: the error says where the entry lies, in the table of the
+// snapshot too.
+func TestBadL1Entry(t *testing.T) {
+	const c = 1024
+	x := qcow2.NewTiny() // header, two L1 tables, snapshot table
+	x.Header.ClusterBits, x.Header.Size, x.Header.L1Size = 10, 4<<17, 4
+	x.Header.RefcountTableOffset, x.Header.L1TableOffset = 4*c, c
+	x.Header.NbSnapshots, x.Header.SnapshotsOffset = 1, 3*c
+	x.Image = make([]byte, 5*c)
+	x.Put(c+8*2, 4*c+512)
+	x.Put(2*c+8*3, 4*c+512)
+	x.Put(3*c, 2*c)
+	x.Put(3*c+8, 4<<32|1<<16)
+	x.Put(3*c+32, 16)
+	x.Put(3*c+48, 4<<17)
+	x.Image[3*c+56] = '1'
+	for _, k := range []struct {
+		snapshot string
+		guest    int64
+		off      int64
+	}{{"", 2 << 17, c + 8*2}, {"1", 3 << 17, 2*c + 8*3}} {
+		im, err := qcow2.New(memory(x.Bytes()), &qcow2.OpenOptions{Snapshot: k.snapshot})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var bad *qcow2.FormatError
+		if _, err := im.ReadAt(make([]byte, 512), k.guest); !errors.As(err, &bad) || bad.Off != k.off || bad.Struct != "l1 entry" {
+			t.Errorf("snapshot %q: %v, expected it at %#x", k.snapshot, err, k.off)
+		}
+		if _, err := im.ReadAt(make([]byte, 512), 0); err != nil {
+			t.Error(err)
+		}
 	}
 }
 
