@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"path/filepath"
@@ -21,7 +22,10 @@ func (im *Image) openDataFile() error {
 	case BackingIgnore:
 		return nil
 	case BackingRefuse:
-		return fmt.Errorf("qcow2: image names the external data file %q: %w", name, ErrBacking)
+		return refused("external data file", name)
+	}
+	if im.probed {
+		return guessed("external data file", name)
 	}
 	if name == "" {
 		return headerError(ErrBacking, "external data file extension", "is missing: the data file has no name")
@@ -49,7 +53,10 @@ func (im *Image) openBacking() error {
 		return nil
 	}
 	if im.shared.opts.Backing == BackingRefuse {
-		return fmt.Errorf("qcow2: image names the backing file %q: %w", name, ErrBacking)
+		return refused("backing file", name)
+	}
+	if im.probed {
+		return guessed("backing file", name)
 	}
 	ref, err := parseReference(name)
 	if err != nil {
@@ -62,24 +69,58 @@ func (im *Image) openBacking() error {
 	if err != nil {
 		return fmt.Errorf("qcow2: backing file: %w", err)
 	}
+	im.backingName = f.Name()
 	dev, err := im.shared.openFormat(f, ref.format)
 	if err != nil {
 		f.Close()
-		return fmt.Errorf("qcow2: backing file %s: %w", f.Name(), err)
+		return im.inBacking(err)
 	}
 	im.backing = dev
-	im.closers = append(im.closers, f)
-	if c, ok := dev.(io.Closer); ok && dev != blockdev.Reader(f) {
-		im.closers = append(im.closers[:len(im.closers)-1], c, f)
+	// An Image leaves its file open, and what is no Closer cannot close it.
+	c, ok := dev.(io.Closer)
+	if ok {
+		im.closers = append(im.closers, c)
+	}
+	if _, image := dev.(*Image); !ok || image {
+		im.closers = append(im.closers, f)
 	}
 	return nil
 }
 
+func refused(what, name string) error {
+	return fmt.Errorf("qcow2: image names the %s %q: %w", what, name, ErrBacking)
+}
+
+func guessed(what, name string) error {
+	return fmt.Errorf("qcow2: image names the %s %q, but its own format was only guessed: name the format of this image in the one above: %w", what, name, ErrBacking)
+}
+
+// chainError is an error of a file below the image that was opened.
+type chainError struct {
+	name string
+	err  error
+}
+
+func (e *chainError) Error() string { return "backing file " + e.name + ": " + e.err.Error() }
+
+func (e *chainError) Unwrap() error { return e.err }
+
+// inBacking gives an error of the backing file its name, unless it comes from
+// further below and has one.
+func (im *Image) inBacking(err error) error {
+	if below := (*chainError)(nil); err == nil || errors.As(err, &below) {
+		return err
+	}
+	return &chainError{im.backingName, err}
+}
+
 // openFormat opens a backing file in the format that its overlay names; where
 // it names none the format is that of the magic number, and raw only if there
-// is none, as in QEMU.
+// is none, as in QEMU. An image whose format was found so leads to no other
+// file: a guest can write what makes a raw image look like one.
 func (s *shared) openFormat(f *blockdev.File, format string) (blockdev.Reader, error) {
-	if format == "" {
+	probed := format == ""
+	if probed {
 		var err error
 		if format, err = probe(f); err != nil {
 			return nil, err
@@ -87,7 +128,7 @@ func (s *shared) openFormat(f *blockdev.File, format string) (blockdev.Reader, e
 	}
 	switch {
 	case format == "qcow2":
-		return s.open(f)
+		return s.open(f, probed)
 	case format == "raw" || format == "file":
 		return f, s.enter(f)
 	case s.opts.OpenFormat != nil:

@@ -51,7 +51,7 @@ func checkExit(r qcow2.CheckResult) int {
 
 func TestZooCheck(t *testing.T) {
 	zoo(t, func(t *testing.T, path string, want expected) {
-		im, err := qcow2.Open(path, nil)
+		im, err := qcow2.Open(path, follow())
 		if want.CheckRC == nil || *want.CheckRC == 1 {
 			if err == nil {
 				t.Fatal("opened")

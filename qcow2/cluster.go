@@ -243,7 +243,7 @@ func (im *Image) readRun(p []byte, off int64, r run) error {
 			clear(p)
 			return nil
 		}
-		return readFull(im.backing, p, off)
+		return im.inBacking(readFull(im.backing, p, off))
 	}
 	return nil
 }

@@ -73,7 +73,7 @@ func (im *Image) piece(off, limit int64) (e blockdev.Extent, joins bool, err err
 		}
 		e, joins, err = backingPiece(im.backing, off, min(r.n, im.backing.Size()-off))
 		e.Depth++
-		return e, joins, err
+		return e, joins, im.inBacking(err)
 	}
 	return e, true, nil
 }

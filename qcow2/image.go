@@ -18,23 +18,27 @@ import (
 type BackingPolicy uint8
 
 const (
-	// BackingFollow opens them, as QEMU does. It is for images that come from
-	// where the names in them can be trusted.
-	BackingFollow BackingPolicy = iota
 	// BackingRefuse makes opening an image that names another file an error
 	// that matches ErrBacking.
-	BackingRefuse
+	BackingRefuse BackingPolicy = iota
+	// BackingFollow opens them, as QEMU does. It is for images that come from
+	// where the names in them can be trusted: they can name any file that the
+	// program may read. Where an image does not say what format its backing
+	// file has, that file may name no other, which is an error that matches
+	// ErrBacking too.
+	BackingFollow
 	// BackingIgnore opens the image by itself, to look at its metadata.
 	// Reading what lies in another file is an error that matches ErrBacking.
 	BackingIgnore
 )
 
 // OpenOptions says how an image is opened. The zero value, and nil, mean: with
-// the lock of a reader, and with all files that the image names.
+// the lock of a reader, and without other files, so that an image that needs
+// some is refused.
 type OpenOptions struct {
 	// ForceShare and NoLock are those of blockdev.FileOptions, for all files.
 	ForceShare, NoLock bool
-	// Backing says whether other files are opened.
+	// Backing says whether other files are opened, in the whole chain.
 	Backing BackingPolicy
 	// Snapshot is the id or the name of a snapshot whose content is read in
 	// place of the active one; an id goes before a name.
@@ -43,7 +47,8 @@ type OpenOptions struct {
 	// bytes. 0 means 32 MiB.
 	CacheSize int64
 	// OpenFormat, if set, opens backing files of formats other than qcow2 and
-	// raw. It takes over f if it succeeds.
+	// raw. If it succeeds the reader takes over f: where it is an io.Closer,
+	// its Close has to close f, unless it is an *Image.
 	OpenFormat func(f *blockdev.File, format string) (blockdev.Reader, error)
 }
 
@@ -57,6 +62,12 @@ type Image struct {
 	dev     blockdev.Reader // the image file
 	data    blockdev.Reader // where guest clusters lie; nil if it is not opened
 	backing blockdev.Reader // nil if there is none or it is not opened
+	// backingName is the path of the backing file, for errors.
+	backingName string
+	// probed: that the file is qcow2 was found by its magic number, below
+	// another image.
+	probed bool
+
 	shared  *shared
 	id      int // of this image in the chain
 	closers []io.Closer
@@ -90,7 +101,7 @@ func Open(path string, opts *OpenOptions) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	im, err := s.open(f)
+	im, err := s.open(f, false)
 	if err != nil {
 		f.Close()
 		return nil, err
@@ -103,7 +114,7 @@ func Open(path string, opts *OpenOptions) (*Image, error) {
 // for where dev lies if it is a *blockdev.File, and cannot be opened
 // otherwise. Close does not close dev.
 func New(dev blockdev.Reader, opts *OpenOptions) (*Image, error) {
-	return newShared(opts).open(dev)
+	return newShared(opts).open(dev, false)
 }
 
 func newShared(opts *OpenOptions) *shared {
@@ -125,8 +136,8 @@ func (s *shared) openFile(path string) (*blockdev.File, error) {
 
 // open opens the next image of the chain. On error it closes what it opened,
 // not dev.
-func (s *shared) open(dev blockdev.Reader) (*Image, error) {
-	im := &Image{dev: dev, shared: s, id: len(s.files)}
+func (s *shared) open(dev blockdev.Reader, probed bool) (*Image, error) {
+	im := &Image{dev: dev, shared: s, id: len(s.files), probed: probed}
 	if err := s.enter(dev); err != nil {
 		return nil, err
 	}

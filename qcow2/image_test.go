@@ -22,6 +22,9 @@ type device struct{ *bytes.Reader }
 
 func memory(b []byte) device { return device{bytes.NewReader(b)} }
 
+// follow returns the options that open other files too.
+func follow() *qcow2.OpenOptions { return &qcow2.OpenOptions{Backing: qcow2.BackingFollow} }
+
 func open(t testing.TB, b []byte) *qcow2.Image {
 	t.Helper()
 	im, err := qcow2.New(memory(b), nil)
@@ -104,7 +107,7 @@ func TestRefused(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			b := qcow2.NewTiny().Bytes()
 			c.change(b)
-			_, err := qcow2.New(memory(b), nil)
+			_, err := qcow2.New(memory(b), follow())
 			if !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.text) {
 				t.Errorf("%v, expected %v with %q", err, c.want, c.text)
 			}
@@ -204,8 +207,10 @@ func TestBackingPolicy(t *testing.T) {
 	write(t, path, x.Bytes())
 	write(t, filepath.Join(dir, "base.raw"), bytes.Repeat([]byte{7}, 3000))
 
-	if _, err := qcow2.Open(path, &qcow2.OpenOptions{Backing: qcow2.BackingRefuse}); !errors.Is(err, qcow2.ErrBacking) {
-		t.Errorf("refuse: %v", err)
+	for _, opts := range []*qcow2.OpenOptions{nil, {}, {Backing: qcow2.BackingRefuse}} {
+		if _, err := qcow2.Open(path, opts); !errors.Is(err, qcow2.ErrBacking) {
+			t.Errorf("refuse: %v", err)
+		}
 	}
 	im, err := qcow2.Open(path, &qcow2.OpenOptions{Backing: qcow2.BackingIgnore})
 	if err != nil {
@@ -219,7 +224,7 @@ func TestBackingPolicy(t *testing.T) {
 	}
 	im.Close()
 
-	im, err = qcow2.Open(path, nil)
+	im, err = qcow2.Open(path, follow())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -252,10 +257,10 @@ func TestBackingFormat(t *testing.T) {
 	base := make([]byte, 4096)
 	copy(base, "KDMV")
 	write(t, filepath.Join(dir, "base"), base)
-	if _, err := read(nil); !errors.Is(err, qcow2.ErrUnsupported) || !strings.Contains(err.Error(), "vmdk") {
+	if _, err := read(follow()); !errors.Is(err, qcow2.ErrUnsupported) || !strings.Contains(err.Error(), "vmdk") {
 		t.Errorf("vmdk without a format: %v", err)
 	}
-	opts := &qcow2.OpenOptions{OpenFormat: func(f *blockdev.File, format string) (blockdev.Reader, error) {
+	opts := &qcow2.OpenOptions{Backing: qcow2.BackingFollow, OpenFormat: func(f *blockdev.File, format string) (blockdev.Reader, error) {
 		return memory([]byte(strings.Repeat(format, 1024))), nil
 	}}
 	if b, err := read(opts); err != nil || string(b) != "vmdk" {
@@ -264,8 +269,155 @@ func TestBackingFormat(t *testing.T) {
 	copy(base, "plain")
 	copy(base[2048:], "raw!")
 	write(t, filepath.Join(dir, "base"), base)
-	if b, err := read(nil); err != nil || string(b) != "raw!" {
+	if b, err := read(follow()); err != nil || string(b) != "raw!" {
 		t.Errorf("%q %v", b, err)
+	}
+}
+
+// chain writes an image for each of names, each with the next one below it, and
+// calls change with the index and the image before that. It returns the folder.
+func chain(t *testing.T, change func(i int, x *qcow2.Tiny), names ...string) string {
+	t.Helper()
+	dir := t.TempDir()
+	for i, name := range names {
+		x := qcow2.NewTiny()
+		if i+1 < len(names) {
+			x.Header.BackingFile = names[i+1]
+			x.Header.Extensions = []qcow2.Extension{{Type: 0xe2792aca, Data: []byte("qcow2")}}
+		}
+		if change != nil {
+			change(i, x)
+		}
+		write(t, filepath.Join(dir, name), x.Bytes())
+	}
+	return dir
+}
+
+// TestChainErrors: an error names the file that it is in, once.
+func TestChainErrors(t *testing.T) {
+	check := func(t *testing.T, err error, name, text string) {
+		t.Helper()
+		if want := "backing file " + name + ": qcow2: " + text; err == nil || !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("%v, expected %s", err, want)
+		}
+		if !errors.Is(err, qcow2.ErrCorrupt) {
+			t.Errorf("%v does not match ErrCorrupt", err)
+		}
+	}
+	for _, bad := range []int{1, 2} {
+		names := []string{"top", "mid", "base"}
+		dir := chain(t, func(i int, x *qcow2.Tiny) {
+			if i == bad {
+				x.Put(qcow2.TinyL2+8*5, 1<<62|qcow2.TinyData) // no deflate stream
+				x.Put(qcow2.TinyL2+8*6, 1)
+				x.Header.Version = 2
+			}
+		}, names...)
+		im, err := qcow2.Open(filepath.Join(dir, "top"), follow())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer im.Close()
+		name := filepath.Join(dir, names[bad])
+		_, err = im.ReadAt(make([]byte, 512), 5*512)
+		check(t, err, name, "compressed cluster at 0xa00: ")
+		_, err = im.ReadAt(make([]byte, 512), 6*512)
+		check(t, err, name, "l2 entry at 0x830: ")
+		_, err = im.NextExtent(6 * 512)
+		check(t, err, name, "l2 entry at 0x830: ")
+
+		dir = chain(t, func(i int, x *qcow2.Tiny) {
+			if i == bad {
+				x.Header.L1TableOffset++
+			}
+		}, names...)
+		_, err = qcow2.Open(filepath.Join(dir, "top"), follow())
+		check(t, err, filepath.Join(dir, names[bad]), "header: l1_table_offset ")
+	}
+}
+
+// TestProbed: a file below an image that does not name its format is read, but
+// may not name further files.
+func TestProbed(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		mid  func(x *qcow2.Tiny)
+		want string // "": it is read
+	}{
+		{"backing file", func(*qcow2.Tiny) {}, `names the backing file "base", but its own format was only guessed`},
+		{"data file", func(x *qcow2.Tiny) {
+			x.Header.BackingFile, x.Header.IncompatibleFeatures = "", qcow2.IncompatDataFile
+			x.Header.Extensions = []qcow2.Extension{{Type: 0x44415441, Data: []byte("base")}}
+		}, `names the external data file "base", but its own format was only guessed`},
+		{"none", func(x *qcow2.Tiny) { x.Header.BackingFile = "" }, ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			dir := chain(t, func(i int, x *qcow2.Tiny) {
+				switch i {
+				case 0:
+					x.Header.Extensions = nil
+				case 1:
+					c.mid(x)
+				}
+			}, "top", "mid", "base")
+			im, err := qcow2.Open(filepath.Join(dir, "top"), follow())
+			if c.want == "" {
+				if err != nil {
+					t.Fatal(err)
+				}
+				im.Close()
+				return
+			}
+			if !errors.Is(err, qcow2.ErrBacking) || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("%v, expected %s", err, c.want)
+			}
+		})
+	}
+}
+
+// closing is a reader that took over a file.
+type closing struct{ *blockdev.File }
+
+// TestOpenFormatCloses: a file that the callback took over is closed once, by
+// its reader if that can be closed.
+func TestOpenFormatCloses(t *testing.T) {
+	for name, reader := range map[string]func(f *blockdev.File) (blockdev.Reader, error){
+		"file":   func(f *blockdev.File) (blockdev.Reader, error) { return f, nil },
+		"closer": func(f *blockdev.File) (blockdev.Reader, error) { return closing{f}, nil },
+		"no closer": func(f *blockdev.File) (blockdev.Reader, error) {
+			return blockdev.NewReaderSection(f, 512, 512)
+		},
+		"image": func(f *blockdev.File) (blockdev.Reader, error) { return qcow2.New(f, nil) },
+		"error": func(*blockdev.File) (blockdev.Reader, error) { return nil, errors.New("no such format") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := chain(t, func(i int, x *qcow2.Tiny) {
+				if i == 0 {
+					x.Header.Extensions[0].Data = []byte("vmdk")
+				}
+			}, "top", "base")
+			var file *blockdev.File
+			opts := follow()
+			opts.OpenFormat = func(f *blockdev.File, _ string) (blockdev.Reader, error) {
+				file = f
+				return reader(f)
+			}
+			im, err := qcow2.Open(filepath.Join(dir, "top"), opts)
+			if (err != nil) != (name == "error") {
+				t.Fatal(err)
+			}
+			if err == nil {
+				if _, err := file.ReadAt(make([]byte, 1), 0); err != nil {
+					t.Error(err)
+				}
+				if err := im.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+			if err := file.Close(); !errors.Is(err, os.ErrClosed) {
+				t.Errorf("the file is open still: %v", err)
+			}
+		})
 	}
 }
 
@@ -281,10 +433,10 @@ func TestChainLimit(t *testing.T) {
 		}
 		write(t, filepath.Join(dir, name(i)), x.Bytes())
 	}
-	if _, err := qcow2.Open(filepath.Join(dir, name(0)), nil); !errors.Is(err, qcow2.ErrLimit) {
+	if _, err := qcow2.Open(filepath.Join(dir, name(0)), follow()); !errors.Is(err, qcow2.ErrLimit) {
 		t.Errorf("201 images: %v", err)
 	}
-	im, err := qcow2.Open(filepath.Join(dir, name(1)), nil)
+	im, err := qcow2.Open(filepath.Join(dir, name(1)), follow())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -301,7 +453,7 @@ func TestConcurrent(t *testing.T) {
 	dir := oracle.Input(t, "zoo")
 	for _, name := range []string{"chain-4", "comp-zlib", "comp-zstd", "extl2-backing", "v3-cs512"} {
 		path := filepath.Join(dir, name+".qcow2")
-		im, err := qcow2.Open(path, &qcow2.OpenOptions{CacheSize: 1})
+		im, err := qcow2.Open(path, &qcow2.OpenOptions{Backing: qcow2.BackingFollow, CacheSize: 1})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -413,7 +565,7 @@ func TestOwnBackingFile(t *testing.T) {
 	x.Header.BackingFile = "x.qcow2"
 	x.Header.Extensions = []qcow2.Extension{{Type: 0xe2792aca, Data: []byte("raw")}}
 	write(t, path, x.Bytes())
-	if _, err := qcow2.Open(path, nil); !errors.Is(err, qcow2.ErrCorrupt) || !strings.Contains(err.Error(), "loop") {
+	if _, err := qcow2.Open(path, follow()); !errors.Is(err, qcow2.ErrCorrupt) || !strings.Contains(err.Error(), "loop") {
 		t.Error(err)
 	}
 }

@@ -138,7 +138,7 @@ func digests(t *testing.T, im *qcow2.Image, size int64) (full, sparse string) {
 
 func TestZooRead(t *testing.T) {
 	zoo(t, func(t *testing.T, path string, want expected) {
-		im, err := qcow2.Open(path, nil)
+		im, err := qcow2.Open(path, follow())
 		if !want.OpenOK {
 			if err == nil {
 				_, err = io.Copy(io.Discard, io.NewSectionReader(im, 0, im.Size()))
@@ -178,7 +178,7 @@ func TestZooSnapshots(t *testing.T) {
 		if len(want.Snapshots) == 0 || want.Secret != "" {
 			return
 		}
-		active, err := qcow2.Open(path, nil)
+		active, err := qcow2.Open(path, follow())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -202,7 +202,7 @@ func TestZooSnapshots(t *testing.T) {
 				if key == sn.Name && slices.ContainsFunc(want.Snapshots, func(s snapshotWant) bool { return s.ID == key && s.ID != sn.ID }) {
 					continue // the name is the id of another, which goes first
 				}
-				im, err := qcow2.Open(path, &qcow2.OpenOptions{Snapshot: key})
+				im, err := qcow2.Open(path, &qcow2.OpenOptions{Backing: qcow2.BackingFollow, Snapshot: key})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -222,7 +222,7 @@ func TestZooSnapshots(t *testing.T) {
 				im.Close()
 			}
 		}
-		if _, err := qcow2.Open(path, &qcow2.OpenOptions{Snapshot: "no such"}); !errors.Is(err, qcow2.ErrNotFound) {
+		if _, err := qcow2.Open(path, &qcow2.OpenOptions{Backing: qcow2.BackingFollow, Snapshot: "no such"}); !errors.Is(err, qcow2.ErrNotFound) {
 			t.Errorf("snapshot that is not there: %v", err)
 		}
 	})
@@ -274,7 +274,7 @@ func TestZooMap(t *testing.T) {
 		if want.Map == nil {
 			return
 		}
-		im, err := qcow2.Open(path, nil)
+		im, err := qcow2.Open(path, follow())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -307,7 +307,7 @@ func TestZooMemory(t *testing.T) {
 		}
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)
-		if im, err := qcow2.Open(path, nil); err == nil {
+		if im, err := qcow2.Open(path, follow()); err == nil {
 			for off := int64(0); off < im.Size(); {
 				e, err := im.NextExtent(off)
 				if err != nil {
