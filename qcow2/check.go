@@ -89,70 +89,58 @@ type Finding struct {
 	Text                string // more, where there is more to say
 }
 
+// findingKinds has the name of each kind, its severity, and what qemu-img check
+// prints for it, where it knows it. The arguments are those of Finding.String.
+var findingKinds = [...]struct {
+	name     string
+	severity Severity
+	text     string
+}{
+	RefcountTooLow:         {"refcount too low", Corruption, "ERROR cluster %[3]d refcount=%[4]d reference=%[5]d"},
+	RefcountTooHigh:        {"refcount too high", Leak, "Leaked cluster %[3]d refcount=%[4]d reference=%[5]d"},
+	RefcountOverflow:       {"refcount overflow", Corruption, "ERROR: overflow cluster offset=%#[1]x"},
+	BeyondEnd:              {"beyond the end", Corruption, "ERROR: counting reference for region exceeding the end of the file by one cluster or more: offset %#[1]x size %#[2]x"},
+	L1Reserved:             {"l1 entry reserved bits", Corruption, "ERROR found L1 entry with reserved bits set: %[2]x"},
+	L2TableUnaligned:       {"l2 table unaligned", Corruption, "ERROR l2_offset=%[1]x: Table is not cluster aligned; L1 entry corrupted"},
+	L2Reserved:             {"l2 entry reserved bits", Corruption, "ERROR found l2 entry with reserved bits set: %[2]x"},
+	ZeroFlagVersion2:       {"zero flag in version 2", Corruption, "ERROR l2_entry=%[2]x at %#[1]x: zero flag in a version 2 image"},
+	CompressedCopied:       {"compressed cluster copied", Corruption, "ERROR: coffset=%#[2]x: copied flag must never be set for compressed clusters"},
+	CompressedDataFile:     {"compressed cluster with data file", Corruption, "ERROR compressed cluster %[3]d with data file, entry=%#[2]x"},
+	CompressedSubclusters:  {"compressed cluster with subclusters", Corruption, "ERROR compressed cluster %[3]d with non-zero subcluster allocation bitmap, entry=%#[2]x"},
+	SubclustersContradict:  {"subclusters contradict", Corruption, "ERROR offset=%[7]x: Allocated cluster has corrupted subcluster allocation bitmap"},
+	SubclustersUnallocated: {"subclusters unallocated", Corruption, "ERROR: Unallocated cluster has non-zero subcluster allocation map%[6]s"},
+	DataUnaligned:          {"data cluster unaligned", Corruption, "ERROR offset=%[7]x: Data cluster is not properly aligned; L2 entry corrupted."},
+	PreallocatedUnaligned:  {"preallocated cluster unaligned", Corruption, "ERROR offset=%[7]x: Preallocated cluster is not properly aligned; L2 entry corrupted."},
+	L1Copied:               {"l1 copied flag", Corruption, "ERROR OFLAG_COPIED L2 cluster: l1_index=%[3]d l1_entry=%[2]x refcount=%[4]d"},
+	L2Copied:               {"l2 copied flag", Corruption, "ERROR OFLAG_COPIED data cluster: l2_entry=%[2]x refcount=%[4]d"},
+	SnapshotsDataFile:      {"snapshots with data file", Corruption, "ERROR %[2]d snapshots in image with data file"},
+	SnapshotL1Unaligned:    {"snapshot l1 table unaligned", Corruption, "ERROR snapshot %[6]s l1_offset=%#[2]x: L1 table is not cluster aligned; snapshot table entry corrupted"},
+	SnapshotL1TooLarge:     {"snapshot l1 table too large", Corruption, "ERROR snapshot %[6]s l1_size=%#[2]x: L1 table is too large; snapshot table entry corrupted"},
+	SnapshotL1Overlap:      {"snapshot l1 tables overlap", Corruption, "ERROR snapshot %[6]s: the L1 tables of the snapshots are larger than the file"},
+	RefcountTableReserved:  {"refcount table reserved bits", Corruption, "ERROR refcount table entry %[3]d has reserved bits set"},
+	RefcountBlockUnaligned: {"refcount block unaligned", Corruption, "ERROR refcount block %[3]d is not cluster aligned; refcount table entry corrupted"},
+	RefcountBlockBeyondEnd: {"refcount block beyond the end", Corruption, "ERROR refcount block %[3]d is outside image"},
+	RefcountBlockShared:    {"refcount block shared", Corruption, "ERROR refcount block %[3]d refcount=%[5]d"},
+	RefcountUnreadable:     {"refcount unreadable", Internal, "Can't get refcount for cluster %[3]d: %[6]s"},
+	BitmapDirectoryBad:     {"bitmap directory bad", Corruption, "ERROR bitmap directory: %[6]s"},
+	BitmapTableOverlap:     {"bitmap tables overlap", Corruption, "ERROR bitmap %[6]s: the tables of the bitmaps are larger than the file"},
+	BitmapTableEntryBad:    {"bitmap table entry bad", Corruption, "ERROR bitmap table entry %[3]d of %[6]s: %[2]x"},
+}
+
+func (k FindingKind) String() string {
+	if k == 0 || int(k) >= len(findingKinds) {
+		return fmt.Sprintf("FindingKind(%d)", uint8(k))
+	}
+	return findingKinds[k].name
+}
+
 // String is the line that qemu-img check prints for the finding, where it
 // knows it.
 func (f Finding) String() string {
-	switch f.Kind {
-	case RefcountTooLow:
-		return fmt.Sprintf("ERROR cluster %d refcount=%d reference=%d", f.Index, f.Refcount, f.Reference)
-	case RefcountTooHigh:
-		return fmt.Sprintf("Leaked cluster %d refcount=%d reference=%d", f.Index, f.Refcount, f.Reference)
-	case RefcountOverflow:
-		return fmt.Sprintf("ERROR: overflow cluster offset=%#x", f.Off)
-	case BeyondEnd:
-		return fmt.Sprintf("ERROR: counting reference for region exceeding the end of the file by one cluster or more: offset %#x size %#x", f.Off, f.Value)
-	case L1Reserved:
-		return fmt.Sprintf("ERROR found L1 entry with reserved bits set: %x", f.Value)
-	case L2TableUnaligned:
-		return fmt.Sprintf("ERROR l2_offset=%x: Table is not cluster aligned; L1 entry corrupted", f.Off)
-	case L2Reserved:
-		return fmt.Sprintf("ERROR found l2 entry with reserved bits set: %x", f.Value)
-	case ZeroFlagVersion2:
-		return fmt.Sprintf("ERROR l2_entry=%x at %#x: zero flag in a version 2 image", f.Value, f.Off)
-	case CompressedCopied:
-		return fmt.Sprintf("ERROR: coffset=%#x: copied flag must never be set for compressed clusters", f.Value)
-	case CompressedDataFile:
-		return fmt.Sprintf("ERROR compressed cluster %d with data file, entry=%#x", f.Index, f.Value)
-	case CompressedSubclusters:
-		return fmt.Sprintf("ERROR compressed cluster %d with non-zero subcluster allocation bitmap, entry=%#x", f.Index, f.Value)
-	case SubclustersContradict:
-		return fmt.Sprintf("ERROR offset=%x: Allocated cluster has corrupted subcluster allocation bitmap", f.Value&l2OffsetMask)
-	case SubclustersUnallocated:
-		return "ERROR: Unallocated cluster has non-zero subcluster allocation map"
-	case DataUnaligned:
-		return fmt.Sprintf("ERROR offset=%x: Data cluster is not properly aligned; L2 entry corrupted.", f.Value&l2OffsetMask)
-	case PreallocatedUnaligned:
-		return fmt.Sprintf("ERROR offset=%x: Preallocated cluster is not properly aligned; L2 entry corrupted.", f.Value&l2OffsetMask)
-	case L1Copied:
-		return fmt.Sprintf("ERROR OFLAG_COPIED L2 cluster: l1_index=%d l1_entry=%x refcount=%d", f.Index, f.Value, f.Refcount)
-	case L2Copied:
-		return fmt.Sprintf("ERROR OFLAG_COPIED data cluster: l2_entry=%x refcount=%d", f.Value, f.Refcount)
-	case SnapshotsDataFile:
-		return fmt.Sprintf("ERROR %d snapshots in image with data file", f.Value)
-	case SnapshotL1Unaligned:
-		return fmt.Sprintf("ERROR snapshot %s l1_offset=%#x: L1 table is not cluster aligned; snapshot table entry corrupted", f.Text, f.Value)
-	case SnapshotL1TooLarge:
-		return fmt.Sprintf("ERROR snapshot %s l1_size=%#x: L1 table is too large; snapshot table entry corrupted", f.Text, f.Value)
-	case SnapshotL1Overlap:
-		return fmt.Sprintf("ERROR snapshot %s: the L1 tables of the snapshots are larger than the file", f.Text)
-	case RefcountTableReserved:
-		return fmt.Sprintf("ERROR refcount table entry %d has reserved bits set", f.Index)
-	case RefcountBlockUnaligned:
-		return fmt.Sprintf("ERROR refcount block %d is not cluster aligned; refcount table entry corrupted", f.Index)
-	case RefcountBlockBeyondEnd:
-		return fmt.Sprintf("ERROR refcount block %d is outside image", f.Index)
-	case RefcountBlockShared:
-		return fmt.Sprintf("ERROR refcount block %d refcount=%d", f.Index, f.Reference)
-	case RefcountUnreadable:
-		return fmt.Sprintf("Can't get refcount for cluster %d: %s", f.Index, f.Text)
-	case BitmapDirectoryBad:
-		return "ERROR bitmap directory: " + f.Text
-	case BitmapTableOverlap:
-		return fmt.Sprintf("ERROR bitmap %s: the tables of the bitmaps are larger than the file", f.Text)
-	case BitmapTableEntryBad:
-		return fmt.Sprintf("ERROR bitmap table entry %d of %s: %x", f.Index, f.Text, f.Value)
+	if f.Kind == 0 || int(f.Kind) >= len(findingKinds) {
+		return fmt.Sprintf("%v at %#x", f.Kind, f.Off)
 	}
-	return fmt.Sprintf("ERROR kind %d at %#x", uint8(f.Kind), f.Off)
+	return fmt.Sprintf(findingKinds[f.Kind].text, f.Off, f.Value, f.Index, f.Refcount, f.Reference, f.Text, f.Value&l2OffsetMask)
 }
 
 // CheckOptions are the options of Check.
@@ -233,9 +221,7 @@ func (c *checker) found(f Finding) {
 	if f.Count == 0 {
 		f.Count = 1
 	}
-	if f.Severity == 0 {
-		f.Severity = Corruption
-	}
+	f.Severity = findingKinds[f.Kind].severity
 	switch f.Severity {
 	case Leak:
 		c.res.Leaks += f.Count
@@ -655,7 +641,7 @@ func (c *checker) compareRefcounts() error {
 		}
 		b, err := c.im.refcountSlice(c.table, start)
 		if errors.Is(err, ErrCorrupt) {
-			c.found(Finding{Kind: RefcountUnreadable, Severity: Internal, Off: start << g.clusterBits, Index: start, Value: uint64(end - start), Count: end - start, Text: err.Error()})
+			c.found(Finding{Kind: RefcountUnreadable, Off: start << g.clusterBits, Index: start, Value: uint64(end - start), Count: end - start, Text: err.Error()})
 			continue
 		} else if err != nil {
 			return err
@@ -672,10 +658,10 @@ func (c *checker) compareRefcounts() error {
 			f := Finding{Off: i << g.clusterBits, Index: i, Refcount: stored, Reference: counted}
 			switch {
 			case stored < counted:
-				f.Kind, f.Severity = RefcountTooLow, Corruption
+				f.Kind = RefcountTooLow
 				c.found(f)
 			case stored > counted:
-				f.Kind, f.Severity = RefcountTooHigh, Leak
+				f.Kind = RefcountTooHigh
 				c.found(f)
 			}
 		}

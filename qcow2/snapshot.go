@@ -3,7 +3,6 @@ package qcow2
 import (
 	"bufio"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 )
@@ -37,9 +36,6 @@ type Snapshot struct {
 // NoICount is the ICount of a snapshot without an instruction count.
 const NoICount = ^uint64(0)
 
-// errShort asks for more bytes of a snapshot table entry.
-var errShort = errors.New("entry reaches beyond its bytes")
-
 // snapshotSize returns the size of the entry that starts with the header b,
 // without padding.
 func snapshotSize(b []byte) (int, error) {
@@ -50,19 +46,9 @@ func snapshotSize(b []byte) (int, error) {
 	return snapshotHeaderSize + int(extra) + int(binary.BigEndian.Uint16(b[12:])) + int(binary.BigEndian.Uint16(b[14:])), nil
 }
 
-// parseSnapshot parses a snapshot table entry, whose fixed part and extra
-// data, id and name b holds. diskSize is the virtual size of the image.
-func parseSnapshot(b []byte, diskSize uint64) (Snapshot, error) {
-	if len(b) < snapshotHeaderSize {
-		return Snapshot{}, errShort
-	}
-	n, err := snapshotSize(b)
-	if err != nil {
-		return Snapshot{}, err
-	}
-	if n > len(b) {
-		return Snapshot{}, errShort
-	}
+// parseSnapshot parses a snapshot table entry; b is as long as snapshotSize
+// says. diskSize is the virtual size of the image.
+func parseSnapshot(b []byte, diskSize uint64) Snapshot {
 	s := Snapshot{
 		L1TableOffset: binary.BigEndian.Uint64(b[0:]),
 		L1Size:        binary.BigEndian.Uint32(b[8:]),
@@ -76,7 +62,7 @@ func parseSnapshot(b []byte, diskSize uint64) (Snapshot, error) {
 	}
 	idSize := int(binary.BigEndian.Uint16(b[12:]))
 	extra := b[snapshotHeaderSize : snapshotHeaderSize+int(s.ExtraDataSize)]
-	text := b[snapshotHeaderSize+len(extra) : n]
+	text := b[snapshotHeaderSize+len(extra):]
 	if len(extra) >= 8 {
 		s.VMStateSize = binary.BigEndian.Uint64(extra[0:])
 	}
@@ -88,7 +74,7 @@ func parseSnapshot(b []byte, diskSize uint64) (Snapshot, error) {
 		s.UnknownExtraData = append([]byte(nil), extra[24:]...)
 	}
 	s.ID, s.Name = string(text[:idSize]), string(text[idSize:])
-	return s, nil
+	return s
 }
 
 // appendTo appends the entry with its padding. All known extra data is
@@ -151,11 +137,7 @@ func readSnapshots(dev io.ReaderAt, h *Header) (list []Snapshot, end int64, err 
 		if _, err := io.ReadFull(r, b); err != nil {
 			return nil, 0, snapshotReadError(err, start+pos, i, h.NbSnapshots)
 		}
-		s, err := parseSnapshot(b, h.Size&^511)
-		if err != nil {
-			return bad(i, ErrCorrupt, err.Error())
-		}
-		list = append(list, s)
+		list = append(list, parseSnapshot(b, h.Size&^511))
 		pos += int64(n)
 	}
 	return list, start + pos, nil
