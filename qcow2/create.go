@@ -99,7 +99,7 @@ func Create(ctx context.Context, dst blockdev.Device, size int64, opts *CreateOp
 
 	w := newWriter(dst, h)
 	if prealloc != PreallocationOff {
-		w.plan, err = newPlan(extents(0, w.Size()), w.Size(), w.geo.clusterBits)
+		w.plan, err = newPlan(extents(0, w.Size()), w.Size(), w.geo.clusterBits, true)
 		if err != nil {
 			return err
 		}
@@ -109,7 +109,7 @@ func Create(ctx context.Context, dst blockdev.Device, size int64, opts *CreateOp
 	const bitmap = 0
 	if opts.DataFile != "" {
 		same := func(cluster, _ int64) int64 { return cluster << w.geo.clusterBits }
-		if err := w.writeTables(same, 0, bitmap); err != nil {
+		if err := w.writeTables(ctx, same, 0, bitmap); err != nil {
 			return err
 		}
 		if err := sizeDataFile(opts.Data, w.Size()); err != nil {
@@ -121,7 +121,7 @@ func Create(ctx context.Context, dst blockdev.Device, size int64, opts *CreateOp
 		return w.Finish()
 	}
 	clusters := w.plan.clusters()
-	if err := w.writeTables(w.host, clusters, bitmap); err != nil {
+	if err := w.writeTables(ctx, w.host, clusters, bitmap); err != nil {
 		return err
 	}
 	if err := setAside(ctx, dst, w.host(0, 0), clusters<<w.geo.clusterBits, prealloc, opts.Progress); err != nil {

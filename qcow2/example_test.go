@@ -14,7 +14,7 @@ import (
 func Example() {
 	dev := blockdev.NewMemory(0)
 	data := []byte("hello, guest")
-	w, err := qcow2.NewWriter(dev, 1<<30, &qcow2.WriterOptions{
+	w, err := qcow2.NewWriter(context.Background(), dev, 1<<30, &qcow2.WriterOptions{
 		Extents: func(yield func(off, n int64) bool) { yield(65536, int64(len(data))) },
 	})
 	if err != nil {

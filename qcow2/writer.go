@@ -1,9 +1,11 @@
 package qcow2
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"iter"
 	"maps"
 	"os"
@@ -27,8 +29,15 @@ type WriterOptions struct {
 	// in bytes: ascending, not overlapping, inside the image. They are rounded
 	// out to clusters. What lies outside stays unallocated and reads as zeroes
 	// or from the backing file. Nil: nothing is written. The sequence is gone
-	// through once, by NewWriter.
+	// through once, by NewWriter. With a backing file they have to cover whole
+	// clusters: the rest of a cluster would hide what is below it.
 	Extents iter.Seq2[int64, int64]
+	// Sync makes Finish sync the device before it writes the header, so that
+	// after a crash there is no header of tables that are not there. It is for
+	// devices that nobody syncs and then puts in place by a rename, as
+	// blockdev.CreateFile does. What Finish has done survives a crash once the
+	// device is synced again.
+	Sync bool
 }
 
 // Writer makes a whole new image in one pass.
@@ -53,15 +62,22 @@ type WriterOptions struct {
 // The device has to read as zeroes. If its size is 0 the Writer gives it the
 // size it needs, by Truncate; otherwise it has to be large enough.
 //
-// After an error the image cannot be finished. Order of writes: tables and
-// data in any order, the header last, by Finish; until then the first cluster
-// is zero and nothing takes the file for an image. The Writer never syncs.
+// An error of WriteAt, WriteZeroes or CopyRange, whatever it is, means that
+// something is missing in the image: the Writer keeps it, wakes whoever waits,
+// and every later call, Finish too, refuses with an error that matches it. Only
+// errors.ErrUnsupported of CopyRange is not one: what it has not copied can be
+// written.
+//
+// Order of writes: tables and data in any order, a sync if WriterOptions.Sync
+// says so, the header last, by Finish; until then the first cluster is zero
+// and nothing takes the file for an image.
 type Writer struct {
 	dst      blockdev.Device
 	growable bool
 	header   Header
 	geo      geometry
 	plan     plan
+	sync     bool // before the header
 	done     atomic.Bool
 	failed   atomic.Pointer[error] // the first error
 
@@ -70,8 +86,9 @@ type Writer struct {
 
 // NewWriter begins an image of size bytes, rounded up to a multiple of 512, on
 // dst. Options that do not go together are an OptionError, a plan that needs
-// tables larger than QEMU takes is ErrLimit.
-func NewWriter(dst blockdev.Device, size int64, opts *WriterOptions) (*Writer, error) {
+// tables larger than QEMU takes is ErrLimit. ctx ends NewWriter while it writes
+// tables; it is not used afterwards.
+func NewWriter(ctx context.Context, dst blockdev.Device, size int64, opts *WriterOptions) (*Writer, error) {
 	if opts == nil {
 		opts = &WriterOptions{}
 	}
@@ -84,15 +101,20 @@ func NewWriter(dst blockdev.Device, size int64, opts *WriterOptions) (*Writer, e
 		return nil, err
 	}
 	w := newWriter(dst, h)
-	w.plan, err = newPlan(opts.Extents, int64(h.Size), w.geo.clusterBits)
+	w.sync = opts.Sync
+	w.plan, err = newPlan(opts.Extents, int64(h.Size), w.geo.clusterBits, h.BackingFile != "")
 	if err != nil {
 		return nil, err
 	}
 	if opts.Compress {
 		w.ordered, err = newOrderedWriter(w)
-		return w, err
+	} else {
+		err = w.writeTables(ctx, w.host, w.plan.clusters(), subclusterAllocMask)
 	}
-	return w, w.writeTables(w.host, w.plan.clusters(), subclusterAllocMask)
+	if err != nil {
+		return nil, err
+	}
+	return w, nil
 }
 
 func newWriter(dst blockdev.Device, h Header) *Writer {
@@ -117,7 +139,7 @@ func (w *Writer) host(_, rank int64) int64 { return (1 + rank) << w.geo.clusterB
 
 // writeTables writes the final tables of an image that is not compressed,
 // behind the header and so many clusters of data.
-func (w *Writer) writeTables(host func(cluster, rank int64) int64, data int64, bitmap uint64) error {
+func (w *Writer) writeTables(ctx context.Context, host func(cluster, rank int64) int64, data int64, bitmap uint64) error {
 	l2 := 1 + data
 	l1 := l2
 	for range w.plan.tables(w.geo.l2Bits) {
@@ -131,15 +153,15 @@ func (w *Writer) writeTables(host func(cluster, rank int64) int64, data int64, b
 	if err := w.grow(used + blocks + clusters); err != nil {
 		return err
 	}
-	t := newTableWriter(w.dst, &w.geo, l2)
+	t := newTableWriter(contextWriter{ctx, io.NewOffsetWriter(w.dst, l2<<w.geo.clusterBits)}, &w.geo)
 	t.l2Tables(w.plan, host, bitmap)
 	t.l1Table(w.plan, int64(w.header.L1Size), l2)
 	at, clusters, err := t.refcounts(used, nil, make([]byte, w.geo.clusterSize), 0)
-	if err == nil {
-		err = t.Flush()
+	if err != nil {
+		return err
 	}
 	w.setTables(l1, at, clusters)
-	return w.fail(err)
+	return t.Flush()
 }
 
 // setTables puts the places of the tables, in clusters, into the header.
@@ -163,10 +185,15 @@ func (w *Writer) grow(clusters int64) error {
 	return nil
 }
 
-// fail keeps the first error.
+// fail keeps the first error and wakes those who wait, since there is nothing
+// to wait for any more. The lock of an orderedWriter must not be held.
 func (w *Writer) fail(err error) error {
-	if err != nil {
-		w.failed.CompareAndSwap(nil, &err)
+	if err == nil {
+		return nil
+	}
+	first := err
+	if w.failed.CompareAndSwap(nil, &first) && w.ordered != nil {
+		w.ordered.wake()
 	}
 	return err
 }
@@ -187,13 +214,20 @@ func (w *Writer) usable() error {
 // written before. It is safe for concurrent use. After Finish the error is
 // os.ErrClosed.
 func (w *Writer) WriteAt(p []byte, off int64) (int, error) {
+	if err := w.usable(); err != nil {
+		return 0, err
+	}
+	n, err := w.write(p, off)
+	return n, w.fail(err)
+}
+
+func (w *Writer) write(p []byte, off int64) (done int, err error) {
 	if err := w.check(off, int64(len(p))); err != nil {
 		return 0, err
 	}
 	if w.ordered != nil {
 		return w.ordered.write(p, off)
 	}
-	done := 0
 	for done < len(p) {
 		host, n, err := w.locate(off+int64(done), int64(len(p)-done))
 		if err != nil {
@@ -202,7 +236,7 @@ func (w *Writer) WriteAt(p []byte, off int64) (int, error) {
 		m, err := w.dst.WriteAt(p[done:done+int(n)], host)
 		done += m
 		if err != nil {
-			return done, w.fail(err)
+			return done, err
 		}
 	}
 	return done, nil
@@ -211,6 +245,17 @@ func (w *Writer) WriteAt(p []byte, off int64) (int, error) {
 // CopyRange implements blockdev.RangeCopier where the device does and there is
 // no compression. The range has to be planned. It is safe for concurrent use.
 func (w *Writer) CopyRange(off int64, src *os.File, srcOff, n int64) (int64, error) {
+	if err := w.usable(); err != nil {
+		return 0, err
+	}
+	done, err := w.copyRange(off, src, srcOff, n)
+	if errors.Is(err, errors.ErrUnsupported) {
+		return done, err
+	}
+	return done, w.fail(err)
+}
+
+func (w *Writer) copyRange(off int64, src *os.File, srcOff, n int64) (done int64, err error) {
 	if err := w.check(off, n); err != nil {
 		return 0, err
 	}
@@ -218,7 +263,6 @@ func (w *Writer) CopyRange(off int64, src *os.File, srcOff, n int64) (int64, err
 	if !ok || w.ordered != nil {
 		return 0, fmt.Errorf("qcow2: copy by the kernel: %w", errors.ErrUnsupported)
 	}
-	done := int64(0)
 	for done < n {
 		host, part, err := w.locate(off+done, n-done)
 		if err != nil {
@@ -226,10 +270,7 @@ func (w *Writer) CopyRange(off int64, src *os.File, srcOff, n int64) (int64, err
 		}
 		m, err := rc.CopyRange(host, src, srcOff+done, part)
 		done += m
-		if err != nil && !errors.Is(err, errors.ErrUnsupported) {
-			w.fail(err)
-		}
-		if err != nil || m < part {
+		if err != nil {
 			return done, err
 		}
 	}
@@ -240,6 +281,13 @@ func (w *Writer) CopyRange(off int64, src *os.File, srcOff, n int64) (int64, err
 // range that was not written before does so already. It is safe for concurrent
 // use.
 func (w *Writer) WriteZeroes(off, n int64) error {
+	if err := w.usable(); err != nil {
+		return err
+	}
+	return w.fail(w.writeZeroes(off, n))
+}
+
+func (w *Writer) writeZeroes(off, n int64) error {
 	if err := w.check(off, n); err != nil {
 		return err
 	}
@@ -252,7 +300,7 @@ func (w *Writer) WriteZeroes(off, n int64) error {
 			return err
 		}
 		if err := blockdev.WriteZeroes(w.dst, host, part); err != nil {
-			return w.fail(err)
+			return err
 		}
 		off += part
 	}
@@ -261,9 +309,6 @@ func (w *Writer) WriteZeroes(off, n int64) error {
 
 // check checks a guest range that is to be written.
 func (w *Writer) check(off, n int64) error {
-	if err := w.usable(); err != nil {
-		return err
-	}
 	if off < 0 || n < 0 || n > w.Size()-off {
 		return fmt.Errorf("qcow2: write of %d bytes at %#x: image ends at %#x: %w", n, off, w.Size(), ErrNotPlanned)
 	}
@@ -293,30 +338,36 @@ func (w *Writer) Abort() {
 		return
 	}
 	w.fail(os.ErrClosed)
-	if w.ordered != nil {
-		w.ordered.wake()
-	}
 }
 
-// Finish writes what is left and then the header. No other call may be under
-// way. Planned clusters that were never written read as zeroes; with
+// Finish writes what is left and then the header, unless an earlier call has
+// failed: see Writer. No other call may be under way. Planned clusters that were never written read as zeroes; with
 // compression they stay unallocated, so that a backing file shows through.
 func (w *Writer) Finish() error {
 	if err := w.usable(); err != nil {
 		return err
 	}
 	w.done.Store(true)
+	return w.fail(w.finish())
+}
+
+func (w *Writer) finish() error {
 	if w.ordered != nil {
 		if err := w.ordered.finish(); err != nil {
-			return w.fail(err)
+			return err
 		}
 	}
 	b, err := w.header.firstCluster()
 	if err != nil {
 		return err // checked by NewWriter
 	}
+	if w.sync {
+		if err := blockdev.Sync(w.dst); err != nil {
+			return err
+		}
+	}
 	_, err = w.dst.WriteAt(b, 0)
-	return w.fail(err)
+	return err
 }
 
 // parkedBytes is how much is kept at most that has come before its turn.
@@ -346,7 +397,7 @@ type orderedWriter struct {
 	limit  int               // of parked
 
 	// The rest belongs to whoever has set busy.
-	alloc    *allocator
+	alloc    *appender
 	blocks   []int64  // places of the refcount blocks that have one
 	l1       []uint64 // final entries
 	l2       []byte   // the L2 table being filled
@@ -365,7 +416,7 @@ func newOrderedWriter(w *Writer) (*orderedWriter, error) {
 		w: w, c: c,
 		parked:  map[int64]content{},
 		limit:   int(max(8, parkedBytes>>w.geo.clusterBits)),
-		alloc:   newAllocator(&w.geo),
+		alloc:   newAppender(&w.geo),
 		l1:      make([]uint64, w.header.L1Size), // at most maxL1Size bytes, see setSize
 		l2:      make([]byte, w.geo.clusterSize),
 		l2Index: -1,
@@ -392,7 +443,7 @@ func (o *orderedWriter) write(p []byte, off int64) (int, error) {
 		part := p[done:min(len(p), done+int(g.clusterSize))]
 		c, err := o.encode(part)
 		if err != nil {
-			return done, o.w.fail(err)
+			return done, err
 		}
 		c.cluster = (off + int64(done)) >> g.clusterBits
 		if err := o.submit(rank, c); err != nil {
@@ -484,12 +535,11 @@ func (o *orderedWriter) submit(rank int64, c content) error {
 		o.mu.Unlock()
 		err := o.place(c)
 		o.mu.Lock()
+		if err != nil {
+			return err // busy stays set: nothing is placed any more
+		}
 		o.busy = false
 		o.next++
-		if err != nil {
-			o.turn.Broadcast()
-			return o.w.fail(err)
-		}
 		c, ok = o.parked[o.next]
 		delete(o.parked, o.next)
 		o.turn.Broadcast()
@@ -657,7 +707,7 @@ func (o *orderedWriter) finish() error {
 	if err := o.w.grow(used + blocks + clusters); err != nil {
 		return err
 	}
-	t := newTableWriter(o.w.dst, g, used)
+	t := newTableWriter(io.NewOffsetWriter(o.w.dst, used<<g.clusterBits), g)
 	at, clusters, err := t.refcounts(used, o.blocks, o.alloc.block, used)
 	if err != nil {
 		return err

@@ -1,6 +1,7 @@
 package qcow2_test
 
 import (
+	"context"
 	"fmt"
 	"log"
 
@@ -12,7 +13,7 @@ import (
 // blockdev.CreateFile, and is committed after Finish.
 func ExampleWriter() {
 	dst := blockdev.NewMemory(0)
-	w, err := qcow2.NewWriter(dst, 1<<30, &qcow2.WriterOptions{
+	w, err := qcow2.NewWriter(context.Background(), dst, 1<<30, &qcow2.WriterOptions{
 		Extents: func(yield func(off, n int64) bool) {
 			_ = yield(0, 4096) && yield(512<<20, 100<<10)
 		},

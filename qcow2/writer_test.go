@@ -2,6 +2,7 @@ package qcow2_test
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -19,6 +20,7 @@ import (
 
 	"qimg/qcow2"
 	"qimg/qcow2/blockdev"
+	"qimg/qcow2/blockdev/blocktest"
 	"qimg/qcow2/blockdev/oracle"
 )
 
@@ -131,7 +133,7 @@ func buildImage(t testing.TB, path string, m model, opts qcow2.WriterOptions, wo
 	}
 	defer out.Abort()
 	opts.Extents = planOf(m.extents)
-	w, err := qcow2.NewWriter(out.File(), int64(len(m.bytes)), &opts)
+	w, err := qcow2.NewWriter(t.Context(), out.File(), int64(len(m.bytes)), &opts)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -333,7 +335,7 @@ func TestWriterMemory(t *testing.T) {
 				return int64(m.HeapAlloc)
 			}
 			before := heap()
-			w, err := qcow2.NewWriter(d, size, &opts)
+			w, err := qcow2.NewWriter(t.Context(), d, size, &opts)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -370,7 +372,7 @@ func TestWriterCopyRange(t *testing.T) {
 	opts := qcow2.WriterOptions{Extents: planOf(m.extents)}
 	opts.ClusterSize = 4096
 	d, path := sparseFile(t)
-	w, err := qcow2.NewWriter(copier{d}, int64(len(m.bytes)), &opts)
+	w, err := qcow2.NewWriter(t.Context(), copier{d}, int64(len(m.bytes)), &opts)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -389,7 +391,7 @@ func TestWriterCopyRange(t *testing.T) {
 		t.Error("CopyRange and WriteAt make different images")
 	}
 	// The source ends before the range does.
-	w, _ = qcow2.NewWriter(copier{blockdevFile(t)}, 1<<20, &qcow2.WriterOptions{Extents: planOf([]extent{{0, 1 << 20}})})
+	w, _ = qcow2.NewWriter(t.Context(), copier{blockdevFile(t)}, 1<<20, &qcow2.WriterOptions{Extents: planOf([]extent{{0, 1 << 20}})})
 	short := filepath.Join(dir, "short")
 	writeFile(t, short, make([]byte, 100<<10))
 	s, err := os.Open(short)
@@ -422,67 +424,227 @@ func blockdevFile(t testing.TB) *blockdev.File {
 	return d
 }
 
+// What a Writer was not able to take is missing: Finish does not make an image
+// without it.
 func TestWriterErrors(t *testing.T) {
-	plan := planOf([]extent{{64 << 10, 64 << 10}, {256 << 10, 1}})
-	p := bytes.Repeat([]byte{1}, 64<<10)
-	for _, compress := range []bool{false, true} {
-		open := func() *qcow2.Writer {
-			w, err := qcow2.NewWriter(blockdev.NewMemory(0), 1<<20, &qcow2.WriterOptions{Compress: compress, Extents: plan})
+	const size = 64 << 10
+	p := bytes.Repeat([]byte{1}, 2*size)
+	all := []bool{false, true} // without and with compression
+	for _, c := range []struct {
+		name     string
+		compress []bool
+		want     error // nil: any
+		call     func(w *qcow2.Writer) error
+	}{
+		{"write before the plan", all, qcow2.ErrNotPlanned, func(w *qcow2.Writer) error { _, err := w.WriteAt(p[:size], 0); return err }},
+		{"write between", all, qcow2.ErrNotPlanned, func(w *qcow2.Writer) error { _, err := w.WriteAt(p[:size], 2*size); return err }},
+		{"write at a negative offset", all, qcow2.ErrNotPlanned, func(w *qcow2.Writer) error { _, err := w.WriteAt(p[:size], -size); return err }},
+		{"write at the end", all, qcow2.ErrNotPlanned, func(w *qcow2.Writer) error { _, err := w.WriteAt(p[:size], 16*size); return err }},
+		{"write over the end of a planned range", all, qcow2.ErrNotPlanned, func(w *qcow2.Writer) error {
+			n, err := w.WriteAt(p, size)
+			if n != size {
+				t.Errorf("%d bytes written, expected %d", n, size)
+			}
+			return err
+		}},
+		{"zeroes between", all, qcow2.ErrNotPlanned, func(w *qcow2.Writer) error { return w.WriteZeroes(2*size, size) }},
+		{"zeroes over the end of a planned range", all, qcow2.ErrNotPlanned, func(w *qcow2.Writer) error { return w.WriteZeroes(size, 2*size) }},
+		{"copy between", all[:1], qcow2.ErrNotPlanned, func(w *qcow2.Writer) error { _, err := w.CopyRange(2*size, nil, 0, size); return err }},
+		{"part of a cluster", all[1:], nil, func(w *qcow2.Writer) error { _, err := w.WriteAt(p[:512], 4*size); return err }},
+		{"a cluster twice", all[1:], nil, func(w *qcow2.Writer) error {
+			if _, err := w.WriteAt(p[:size], size); err != nil {
+				t.Error(err)
+			}
+			_, err := w.WriteAt(p[:size], size)
+			return err
+		}},
+		{"abort", all, os.ErrClosed, func(w *qcow2.Writer) error { w.Abort(); return os.ErrClosed }},
+	} {
+		for _, compress := range c.compress {
+			m := blockdev.NewMemory(0)
+			w, err := qcow2.NewWriter(t.Context(), copyMemory{m}, 16*size, &qcow2.WriterOptions{
+				Compress: compress, Extents: planOf([]extent{{size, size}, {4 * size, 1}})})
 			if err != nil {
 				t.Fatal(err)
 			}
-			return w
-		}
-		w := open()
-		for _, off := range []int64{-64 << 10, 0, 128 << 10, 1 << 20} {
-			if _, err := w.WriteAt(p, off); !errors.Is(err, qcow2.ErrNotPlanned) {
-				t.Errorf("write at %#x: %v", off, err)
+			err = c.call(w)
+			if err == nil || c.want != nil && !errors.Is(err, c.want) {
+				t.Errorf("%s: %v", c.name, err)
+				continue
 			}
-			if err := w.WriteZeroes(off, 64<<10); !errors.Is(err, qcow2.ErrNotPlanned) {
-				t.Errorf("write zeroes at %#x: %v", off, err)
+			if again := w.Finish(); !errors.Is(again, err) {
+				t.Errorf("%s, compress %v: Finish: %v, expected %v", c.name, compress, again, err)
 			}
-		}
-		if n, err := w.WriteAt(append(p, p...), 64<<10); n != 64<<10 || !errors.Is(err, qcow2.ErrNotPlanned) {
-			t.Errorf("write over the end of a planned range: %d, %v", n, err)
-		}
-		if _, err := w.CopyRange(64<<10, os.Stdin, 0, 64<<10); !errors.Is(err, errors.ErrUnsupported) {
-			t.Errorf("copy to a device that cannot: %v", err)
-		}
-		if compress {
-			if _, err := w.WriteAt(p[:512], 256<<10); err == nil {
-				t.Error("part of a cluster was taken")
+			if _, again := w.WriteAt(p[:size], size); !errors.Is(again, err) {
+				t.Errorf("%s, compress %v: the next write: %v, expected %v", c.name, compress, again, err)
 			}
-			if _, err := w.WriteAt(p, 64<<10); err == nil {
-				t.Error("a cluster was taken twice")
+			if _, err := qcow2.New(m, nil); !errors.Is(err, qcow2.ErrFormat) {
+				t.Errorf("%s, compress %v: there is an image: %v", c.name, compress, err)
 			}
 		}
-		if err := w.Finish(); err != nil {
+	}
+	for _, compress := range all {
+		w, err := qcow2.NewWriter(t.Context(), blockdev.NewMemory(0), 16*size, &qcow2.WriterOptions{
+			Compress: compress, Extents: planOf([]extent{{size, size}})})
+		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := w.WriteAt(p, 64<<10); !errors.Is(err, os.ErrClosed) {
+		// What cannot be copied can be written.
+		if n, err := w.CopyRange(size, os.Stdin, 0, size); n != 0 || !errors.Is(err, errors.ErrUnsupported) {
+			t.Errorf("copy to a device that cannot: %d, %v", n, err)
+		}
+		if _, err := w.WriteAt(p[:size], size); err != nil {
+			t.Error(err)
+		}
+		if err := w.Finish(); err != nil {
+			t.Error(err)
+		}
+		if _, err := w.WriteAt(p, size); !errors.Is(err, os.ErrClosed) {
 			t.Errorf("write after Finish: %v", err)
 		}
 		if err := w.Finish(); !errors.Is(err, os.ErrClosed) {
 			t.Errorf("second Finish: %v", err)
 		}
-		w = open()
-		w.Abort()
-		if err := w.Finish(); !errors.Is(err, os.ErrClosed) {
-			t.Errorf("Finish after Abort: %v", err)
+	}
+}
+
+// copyMemory is a RangeCopier that is not called.
+type copyMemory struct{ *blockdev.Memory }
+
+func (copyMemory) CopyRange(int64, *os.File, int64, int64) (int64, error) {
+	panic("CopyRange of the device was called")
+}
+
+func TestNewWriterRefuses(t *testing.T) {
+	refused := func(what string, dst blockdev.Device, size int64, opts *qcow2.WriterOptions) error {
+		w, err := qcow2.NewWriter(t.Context(), dst, size, opts)
+		if err == nil || w != nil {
+			t.Errorf("%s: %v, %v", what, w, err)
 		}
+		return err
 	}
 	for _, bad := range [][]extent{{{-1, 5}}, {{0, 10}, {5, 10}}, {{0, 1<<20 + 1}}, {{1 << 20, 1}}, {{0, -1}}, {{1 << 62, 1 << 62}}} {
-		if _, err := qcow2.NewWriter(blockdev.NewMemory(0), 1<<20, &qcow2.WriterOptions{Extents: planOf(bad)}); err == nil {
-			t.Errorf("plan %v was taken", bad)
-		}
+		refused(fmt.Sprintf("plan %v", bad), blockdev.NewMemory(0), 1<<20, &qcow2.WriterOptions{Extents: planOf(bad)})
 	}
-	if _, err := qcow2.NewWriter(blockdev.NewMemory(1<<20), 1<<20, &qcow2.WriterOptions{Extents: planOf([]extent{{0, 1 << 20}})}); err == nil {
-		t.Error("a device that is too small was taken")
-	}
+	whole := qcow2.WriterOptions{Extents: planOf([]extent{{0, 1 << 20}})}
+	refused("a device that is too small", blockdev.NewMemory(1<<20), 1<<20, &whole)
 	many := qcow2.WriterOptions{Extents: planOf([]extent{{0, 100 << 30}})}
 	many.ClusterSize, many.RefcountBits = 512, 64
-	if _, err := qcow2.NewWriter(blockdev.NewMemory(0), 100<<30, &many); !errors.Is(err, qcow2.ErrLimit) {
-		t.Errorf("too large a refcount table: %v", err)
+	if err := refused("too large a refcount table", blockdev.NewMemory(0), 100<<30, &many); !errors.Is(err, qcow2.ErrLimit) {
+		t.Error(err)
+	}
+	d := blocktest.NewFaulty(blockdev.NewMemory(0), blocktest.Fault{Call: 1, Kind: blocktest.Write, Err: errFault})
+	if err := refused("a device that fails", d, 1<<20, &whole); !errors.Is(err, errFault) {
+		t.Error(err)
+	}
+}
+
+// Where the plan has a part of a cluster, zeroes would hide what the backing
+// file has of the rest.
+func TestNewWriterBackingParts(t *testing.T) {
+	const cluster = 64 << 10
+	for _, c := range []struct {
+		extents []extent
+		whole   bool
+	}{
+		{nil, true},
+		{[]extent{{0, cluster}, {2 * cluster, 3 * cluster}}, true},
+		{[]extent{{0, 100}, {100, cluster - 100}}, true},
+		{[]extent{{8 * cluster, cluster / 2}}, true}, // the end of the image
+		{[]extent{{8 * cluster, cluster/2 - 511}}, true},
+		{[]extent{{1, cluster - 1}}, false},
+		{[]extent{{0, cluster - 1}}, false},
+		{[]extent{{0, 100}, {101, cluster - 101}}, false},
+		{[]extent{{0, cluster}, {2*cluster + 2048, cluster - 2048}}, false},
+		{[]extent{{0, cluster + 2048}, {2 * cluster, cluster}}, false},
+		{[]extent{{8 * cluster, cluster/2 - 512}}, false},
+	} {
+		for _, opts := range []qcow2.WriterOptions{{}, {Compress: true}, {FormatOptions: qcow2.FormatOptions{ExtendedL2: true}}} {
+			opts.Extents = planOf(c.extents)
+			if _, err := qcow2.NewWriter(t.Context(), blockdev.NewMemory(0), 8*cluster+cluster/2, &opts); err != nil {
+				t.Errorf("%v without a backing file: %v", c.extents, err)
+			}
+			opts.BackingFile = "base"
+			_, err := qcow2.NewWriter(t.Context(), blockdev.NewMemory(0), 8*cluster+cluster/2, &opts)
+			if (err == nil) != c.whole || err != nil && !strings.Contains(err.Error(), "backing file") {
+				t.Errorf("%v: %v", c.extents, err)
+			}
+		}
+	}
+}
+
+// cancelling is a device that cancels a context at a write, and counts those
+// that come later.
+type cancelling struct {
+	*blockdev.Memory
+	cancel context.CancelFunc
+	after  int
+	later  int
+}
+
+func (c *cancelling) WriteAt(p []byte, off int64) (int, error) {
+	if c.after--; c.after == 0 {
+		c.cancel()
+	} else if c.after < 0 {
+		c.later++
+	}
+	return c.Memory.WriteAt(p, off)
+}
+
+// Tables of a large disk are written no further once the context has ended.
+func TestTablesCancelled(t *testing.T) {
+	for _, after := range []int{0, 1, 3} {
+		for name, call := range map[string]func(ctx context.Context, d blockdev.Device) error{
+			"NewWriter": func(ctx context.Context, d blockdev.Device) error {
+				_, err := qcow2.NewWriter(ctx, d, 1<<40, &qcow2.WriterOptions{Extents: planOf([]extent{{0, 1 << 40}})})
+				return err
+			},
+			"Create": func(ctx context.Context, d blockdev.Device) error {
+				return qcow2.Create(ctx, d, 1<<40, &qcow2.CreateOptions{Preallocation: qcow2.PreallocationMetadata})
+			},
+		} {
+			ctx, cancel := context.WithCancel(t.Context())
+			if after == 0 {
+				cancel()
+			}
+			d := &cancelling{blockdev.NewMemory(0), cancel, after, 0}
+			if err := call(ctx, d); !errors.Is(err, context.Canceled) || d.later != 0 {
+				t.Errorf("%s cancelled at write %d: %v, %d more writes", name, after, err, d.later)
+			}
+			cancel()
+		}
+	}
+}
+
+// With Sync no crash can leave the header without what it names.
+func TestWriterSync(t *testing.T) {
+	for _, compress := range []bool{false, true} {
+		for _, sync := range []bool{false, true} {
+			d, err := blocktest.NewRecorder(blockdev.NewMemory(0))
+			if err != nil {
+				t.Fatal(err)
+			}
+			w, err := qcow2.NewWriter(t.Context(), d, 1<<20, &qcow2.WriterOptions{
+				Compress: compress, Sync: sync, Extents: planOf([]extent{{0, 128 << 10}})})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := w.WriteAt(bytes.Repeat([]byte("text"), 16<<10), 0); err != nil {
+				t.Fatal(err)
+			}
+			if err := w.Finish(); err != nil {
+				t.Fatal(err)
+			}
+			ops := d.Ops()
+			for i, op := range ops {
+				if header := op.Kind == blocktest.Write && op.Off == 0 && op.Data[0] != 0; header != (i == len(ops)-1) {
+					t.Errorf("operation %d of %d: %v", i, len(ops), op)
+				}
+				if op.Kind == blocktest.Sync != (sync && i == len(ops)-2) {
+					t.Errorf("operation %d of %d: %v", i, len(ops), op)
+				}
+			}
+		}
 	}
 }
 
@@ -492,7 +654,7 @@ func TestWriterMissingClusters(t *testing.T) {
 	for _, compress := range []bool{false, true} {
 		d, path := sparseFile(t)
 		m := model{make([]byte, 1<<20), nil}
-		w, err := qcow2.NewWriter(d, 1<<20, &qcow2.WriterOptions{Compress: compress, Extents: planOf([]extent{{0, 1 << 20}})})
+		w, err := qcow2.NewWriter(t.Context(), d, 1<<20, &qcow2.WriterOptions{Compress: compress, Extents: planOf([]extent{{0, 1 << 20}})})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -512,63 +674,62 @@ func TestWriterMissingClusters(t *testing.T) {
 	}
 }
 
-// A goroutine that is far ahead waits; Abort wakes it.
+// A goroutine that is far ahead waits; Abort and the failure of another wake it.
 func TestWriterWaits(t *testing.T) {
-	w, err := qcow2.NewWriter(blockdev.NewMemory(0), 1<<30, &qcow2.WriterOptions{Compress: true, Extents: planOf([]extent{{0, 1 << 30}})})
-	if err != nil {
-		t.Fatal(err)
+	p := bytes.Repeat([]byte{1}, 64<<10)
+	for _, c := range []struct {
+		name string
+		want error
+		stop func(w *qcow2.Writer)
+	}{
+		{"abort", os.ErrClosed, func(w *qcow2.Writer) { w.Abort() }},
+		{"a write that is not planned", qcow2.ErrNotPlanned, func(w *qcow2.Writer) { w.WriteAt(p, 1<<30) }},
+		{"zeroes that are not planned", qcow2.ErrNotPlanned, func(w *qcow2.Writer) { w.WriteZeroes(1<<30, 64<<10) }},
+		{"a device that fails", errFault, func(w *qcow2.Writer) { w.WriteAt(p, 0) }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			d := blocktest.NewFaulty(blockdev.NewMemory(0), blocktest.Fault{Call: 1, Err: errFault})
+			w, err := qcow2.NewWriter(t.Context(), d, 1<<31, &qcow2.WriterOptions{
+				FormatOptions: qcow2.FormatOptions{ClusterSize: 64 << 10}, Compress: true, Extents: planOf([]extent{{0, 1 << 30}})})
+			if err != nil {
+				t.Fatal(err)
+			}
+			rnd := rand.NewChaCha8([32]byte{}) // what is not compressed is put out at once
+			var taken atomic.Int64
+			ahead := make(chan error, 1)
+			go func() {
+				p := make([]byte, 64<<10)
+				var err error
+				for off := int64(64 << 10); off < 1<<30 && err == nil; off += 64 << 10 {
+					rnd.Read(p)
+					_, err = w.WriteAt(p, off)
+					taken.Add(1)
+				}
+				ahead <- err
+			}()
+			for last := int64(-1); last != taken.Load(); time.Sleep(50 * time.Millisecond) {
+				last = taken.Load()
+			}
+			if n := taken.Load(); n != 16<<20/(64<<10) {
+				t.Errorf("%d clusters were kept, expected 16 MiB", n)
+			}
+			c.stop(w)
+			select {
+			case err := <-ahead:
+				if !errors.Is(err, c.want) {
+					t.Errorf("the one that waited: %v", err)
+				}
+			case <-time.After(10 * time.Second):
+				t.Fatal("the one that waited still does")
+			}
+			if err := w.Finish(); !errors.Is(err, c.want) {
+				t.Errorf("Finish: %v", err)
+			}
+		})
 	}
-	var taken atomic.Int64
-	ahead := make(chan error)
-	go func() {
-		p := bytes.Repeat([]byte{1}, 64<<10)
-		var err error
-		for off := int64(64 << 10); off < 1<<30 && err == nil; off += 64 << 10 {
-			_, err = w.WriteAt(p, off)
-			taken.Add(1)
-		}
-		ahead <- err
-	}()
-	for last := int64(-1); last != taken.Load(); time.Sleep(50 * time.Millisecond) {
-		last = taken.Load()
-	}
-	if n := taken.Load(); n != 16<<20/(64<<10) {
-		t.Errorf("%d clusters were kept, expected 16 MiB", n)
-	}
-	w.Abort()
-	if err := <-ahead; !errors.Is(err, os.ErrClosed) {
-		t.Errorf("after Abort: %v", err)
-	}
-}
-
-// faulty fails one change, the nth.
-type faulty struct {
-	*blockdev.Memory
-	left int
 }
 
 var errFault = errors.New("fault")
-
-func (f *faulty) change() error {
-	if f.left--; f.left == -1 {
-		return errFault
-	}
-	return nil
-}
-
-func (f *faulty) WriteAt(p []byte, off int64) (int, error) {
-	if err := f.change(); err != nil {
-		return 0, err
-	}
-	return f.Memory.WriteAt(p, off)
-}
-
-func (f *faulty) Truncate(n int64) error {
-	if err := f.change(); err != nil {
-		return err
-	}
-	return f.Memory.Truncate(n)
-}
 
 // Whatever write fails, there is no image: not even for a caller that goes on
 // and calls Finish.
@@ -577,14 +738,18 @@ func TestWriterFaults(t *testing.T) {
 	m := randomModel(rand.New(rand.NewPCG(7, 7)), 2<<20, 4096)
 	for _, compress := range []bool{false, true} {
 		for n := 0; ; n++ {
-			d := &faulty{Memory: blockdev.NewMemory(0), left: n}
+			d := blockdev.NewMemory(0)
+			f := blocktest.NewFaulty(d, blocktest.Fault{Call: n + 1, Err: errFault})
 			opts := qcow2.WriterOptions{Compress: compress, Extents: planOf(m.extents)}
 			opts.ClusterSize = 4096
-			w, err := qcow2.NewWriter(d, int64(len(m.bytes)), &opts)
+			w, err := qcow2.NewWriter(t.Context(), f, int64(len(m.bytes)), &opts)
 			if err == nil {
+				end := int64(0)
 				for _, e := range m.extents {
-					first := e.off / 4096 * 4096
-					w.WriteAt(m.bytes[first:min(int64(len(m.bytes)), (e.off+e.n+4095)/4096*4096)], first)
+					first := max(end, e.off/4096*4096)
+					if end = min(int64(len(m.bytes)), (e.off+e.n+4095)/4096*4096); first < end {
+						w.WriteAt(m.bytes[first:end], first)
+					}
 				}
 				err = w.Finish()
 			}
@@ -618,7 +783,7 @@ func TestWriterFaults(t *testing.T) {
 // Fixed writes cost nothing beyond the device's.
 func TestWriterAllocs(t *testing.T) {
 	d := blockdev.NewMemory(0)
-	w, err := qcow2.NewWriter(d, 1<<20, &qcow2.WriterOptions{Extents: planOf([]extent{{0, 1 << 20}})})
+	w, err := qcow2.NewWriter(t.Context(), d, 1<<20, &qcow2.WriterOptions{Extents: planOf([]extent{{0, 1 << 20}})})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -638,7 +803,7 @@ func BenchmarkWriterCompress(b *testing.B) {
 			for b.Loop() {
 				opts := qcow2.WriterOptions{Compress: true, Extents: planOf(m.extents)}
 				opts.ClusterSize, opts.Compression = 64<<10, typ
-				w, err := qcow2.NewWriter(blockdev.NewMemory(0), int64(len(m.bytes)), &opts)
+				w, err := qcow2.NewWriter(b.Context(), blockdev.NewMemory(0), int64(len(m.bytes)), &opts)
 				if err != nil {
 					b.Fatal(err)
 				}
