@@ -113,7 +113,7 @@ func (b *Bitmap) check(g *geometry, size int64) error {
 	}
 	bytes := int64(b.TableSize) << g.clusterBits // below 2^49
 	// A bitmap in use may have been left behind by a resize.
-	if bytes > maxBitmapSize || b.Flags&BitmapInUse == 0 && size > bytes*8<<b.GranularityBits {
+	if bytes > maxBitmapSize || b.Flags&BitmapInUse == 0 && (size-1)>>b.GranularityBits >= bytes*8 {
 		return fmt.Errorf("bitmap_table_size %d does not fit a disk of %d bytes or the limit of %d bytes", b.TableSize, size, maxBitmapSize)
 	}
 	return nil

@@ -381,7 +381,7 @@ func (c *checker) countReferences() error {
 	}
 	c.refer(int64(h.RefcountTableOffset), int64(h.RefcountTableClusters)<<h.ClusterBits, 1)
 	if x, ok := h.Crypto(); ok {
-		c.refer(int64(min(x.Offset, math.MaxInt64)), int64(min(x.Length, math.MaxInt64)), 1)
+		c.refer(int64(x.Offset), int64(x.Length), 1) // checked by checkExtension
 	}
 	if err := c.checkBitmaps(); err != nil {
 		return err

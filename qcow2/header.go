@@ -388,8 +388,11 @@ func (h *Header) checkExtension(e Extension) error {
 		if len(e.Data) != cryptoExtensionSize {
 			return headerError(ErrCorrupt, "encryption extension", "of %d bytes, expected %d", len(e.Data), cryptoExtensionSize)
 		}
-		if c := parseCryptoExtension(e.Data); c.Offset&uint64(h.ClusterSize()-1) != 0 {
-			return headerError(ErrCorrupt, "encryption extension", "offset %#x not aligned to %#x", c.Offset, h.ClusterSize())
+		switch c := parseCryptoExtension(e.Data); {
+		case c.Offset&uint64(h.ClusterSize()-1) != 0 || c.Offset > math.MaxInt64-maxCryptoSize:
+			return headerError(ErrCorrupt, "encryption extension", "offset %#x not aligned to %#x or too large", c.Offset, h.ClusterSize())
+		case c.Length > maxCryptoSize:
+			return headerError(ErrLimit, "encryption extension", "length %d, expected at most %d", c.Length, maxCryptoSize)
 		}
 	case extBitmaps:
 		if len(e.Data) != bitmapsExtensionSize {

@@ -27,6 +27,10 @@ const (
 	maxBackingFormatSize = 15   // bytes of the backing format name
 	maxDataFileSize      = 4095 // bytes; this package's own: PATH_MAX
 
+	// maxCryptoSize is this package's own: bytes of the encryption header. That
+	// of LUKS takes 2 MiB, and a check counts all its clusters.
+	maxCryptoSize = 16 << 20
+
 	// maxChain is this package's own: images in a backing chain.
 	maxChain = 200
 
