@@ -64,7 +64,63 @@ func TestFidelity(t *testing.T) {
 			if r := oracle.Run(t, tool, dir, image); r.Code != 0 {
 				t.Errorf("%s%s", r.Stdout, r.Stderr)
 			}
+			compareContents(t, dir, image)
 		})
+	}
+}
+
+// compareContents reads every regular file of a source in the image, mounted by
+// the kernel.
+func compareContents(t *testing.T, dir, image string) {
+	t.Helper()
+	mnt := t.TempDir()
+	oracle.MustRun(t, "mount", "-t", "ext4", "-o", "loop,ro,noload", image, mnt)
+	defer func() {
+		if r := oracle.Run(t, "umount", mnt); r.Code != 0 {
+			t.Error(r.Stderr)
+		}
+	}()
+	files := 0
+	a, b := make([]byte, 1<<20), make([]byte, 1<<20)
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		if fi, err := d.Info(); err != nil || fi.Size() > 8<<30 {
+			return err // a hole; ext4-fidelity looks at that
+		}
+		rel, err := filepath.Rel(dir, path)
+		if err != nil {
+			return err
+		}
+		want, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		defer want.Close()
+		got, err := os.Open(filepath.Join(mnt, rel))
+		if err != nil {
+			return err
+		}
+		defer got.Close()
+		files++
+		for {
+			n, err := io.ReadFull(want, a)
+			m, err2 := io.ReadFull(got, b)
+			if n != m || !bytes.Equal(a[:n], b[:m]) {
+				t.Errorf("%s: content differs", rel)
+				return nil
+			}
+			if err != nil || err2 != nil {
+				return nil // both at their end
+			}
+		}
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	if files == 0 {
+		t.Error("no file was compared")
 	}
 }
 

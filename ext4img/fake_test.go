@@ -130,10 +130,27 @@ func (f fakeFile) ReadAt(p []byte, off int64) (int, error) {
 			p[i] = pattern(off + int64(i))
 		}
 	}
+	if f.e.spans != nil {
+		f.clearHoles(p[:n], off)
+	}
 	if n < len(p) {
 		return n, io.EOF
 	}
 	return n, nil
+}
+
+// clearHoles zeroes what no span covers of the bytes at off.
+func (f fakeFile) clearHoles(p []byte, off int64) {
+	at := off
+	first := sort.Search(len(f.e.spans), func(i int) bool { return f.e.spans[i].end > off })
+	for _, s := range f.e.spans[first:] {
+		if s.off >= off+int64(len(p)) {
+			break
+		}
+		clear(p[at-off : max(s.off, at)-off])
+		at = min(s.end, off+int64(len(p)))
+	}
+	clear(p[at-off:])
 }
 
 // pattern is the content of fake files: it differs from block to block.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path"
@@ -128,6 +129,7 @@ type scanner struct {
 	exclude []exclusion
 	todo    []dir    // directories to be read, the next one last
 	names   []dirent // names of the directory being read, reused
+	buf     []byte   // for holes
 }
 
 func (s *scanner) run() error {
@@ -277,7 +279,13 @@ func (s *scanner) entry(src sourceDir, d uint32, rel, name string, e dirent) err
 	return nil
 }
 
-// holes finds the holes of a regular file.
+// holeGrain is what a hole is a multiple of: the smallest block there is.
+const holeGrain = minBlockSize
+
+// holes finds the holes of a regular file: the blocks without data, and in a
+// file that has such blocks also those that are zero. Where the file system
+// keeps blocks that were never written, it takes them for data or not as the
+// page cache has it (Linux: SEEK_DATA), which must not make another disk.
 func (s *scanner) holes(src sourceDir, name string, st *stat, i uint32) error {
 	if !st.sparse || st.size == 0 {
 		return nil
@@ -291,16 +299,54 @@ func (s *scanner) holes(src sourceDir, name string, st *stat, i uint32) error {
 	if err != nil {
 		return err
 	}
-	if len(spans) != 1 || spans[0] != (span{0, st.size}) {
-		s.tree.spans[i] = spans
+	if s.buf == nil {
+		s.buf = make([]byte, unitSize)
+	}
+	found := []span{}
+	for _, data := range spans {
+		off := data.off &^ (holeGrain - 1)
+		if n := len(found); n > 0 {
+			off = max(off, found[n-1].end)
+		}
+		for off < data.end {
+			if err := s.ctx.Err(); err != nil {
+				return err
+			}
+			n, err := f.ReadAt(s.buf[:min(int64(len(s.buf)), st.size-off)], off)
+			if err != nil && err != io.EOF {
+				return err
+			}
+			if n == 0 {
+				break // the file shrinks, as Write will say
+			}
+			for b := s.buf[:n]; len(b) > 0; {
+				grain := b[:min(holeGrain, len(b))]
+				if !allZero(grain) {
+					if k := len(found); k > 0 && found[k-1].end == off {
+						found[k-1].end += int64(len(grain))
+					} else {
+						found = append(found, span{off, off + int64(len(grain))})
+					}
+				}
+				off += int64(len(grain))
+				b = b[len(grain):]
+			}
+		}
+	}
+	if len(found) != 1 || found[0] != (span{0, st.size}) {
+		s.tree.spans[i] = found
 	}
 	return nil
 }
 
+var zeroes [holeGrain]byte
+
+func allZero(b []byte) bool { return bytes.Equal(b, zeroes[:len(b)]) }
+
 // inode makes the inode of an entry, with its xattrs.
 func (s *scanner) inode(src sourceDir, full, name string, st *stat) (inode, error) {
 	n := inode{
-		sec: st.sec, nsec: st.nsec, uid: st.uid, gid: st.gid, rdev: st.rdev, mode: st.mode, links: 1,
+		sec: st.sec, nsec: st.nsec, id: st.id(), uid: st.uid, gid: st.gid, rdev: st.rdev, mode: st.mode, links: 1,
 	}
 	if n.isRegular() {
 		n.size = st.size

@@ -44,7 +44,20 @@ type stat struct {
 	sec      int64
 	nsec     uint32
 	dev, ino uint64 // identity; ino is 0 where there is none
-	sparse   bool   // the file may have holes
+	csec     int64  // ctime; 0 where there is none
+	cnsec    uint32
+	sparse   bool // the file has holes
+}
+
+// id is another number for another file, and for the same file once anything
+// of it has changed, as far as the system tells.
+func (s *stat) id() uint64 {
+	h := uint64(14695981039346656037)
+	for _, v := range [...]uint64{s.dev, s.ino, uint64(s.csec), uint64(s.cnsec)} {
+		h = (h ^ v) * 1099511628211
+		h ^= h >> 32
+	}
+	return h
 }
 
 // source opens directories of the tree by index and keeps the last used ones

@@ -86,8 +86,8 @@ func statx(fd int, name string, flags int) (stat, error) {
 	s := stat{
 		mode: st.Mode, uid: st.Uid, gid: st.Gid, links: st.Nlink, size: int64(st.Size),
 		sec: st.Mtime.Sec, nsec: st.Mtime.Nsec, dev: unix.Mkdev(st.Dev_major, st.Dev_minor), ino: st.Ino,
-		// A large file can have holes and blocks beyond its end.
-		sparse: st.Blocks*512 < st.Size || st.Size >= 1<<20,
+		csec: st.Ctime.Sec, cnsec: st.Ctime.Nsec,
+		sparse: st.Blocks*512 < st.Size,
 	}
 	if t := s.mode & modeType; t == modeChar || t == modeBlock {
 		var ok bool

@@ -31,6 +31,7 @@ type inode struct {
 	size  int64 // regular file: bytes; symlink: length of the target
 	sec   int64 // mtime of the source, seconds since 1970; Tree.mtime tells what is stored
 	nsec  uint32
+	id    uint64 // stat.id: tells whether the file is still the same
 	uid   uint32
 	gid   uint32
 	rdev  uint32 // device numbers, as new_encode_dev packs them

@@ -1,10 +1,12 @@
 package ext4img
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"runtime"
 	"sync"
@@ -315,6 +317,9 @@ func (t *Tree) openFile(i uint32) (openFile, error) {
 	o.f, err = dir.open(string(t.name(t.entries.at(e))))
 	if err != nil {
 		t.src.release(d)
+		if errors.Is(err, fs.ErrNotExist) {
+			return o, o.changed("it is gone")
+		}
 		return o, pathError("open", o.path(), err)
 	}
 	return o, nil
@@ -335,7 +340,7 @@ func (o *openFile) read(b []byte, off int64) error {
 	want := min(int64(len(b)), size-off)
 	n, err := o.f.ReadAt(b[:want], off)
 	if err != nil && err != io.EOF {
-		return pathError("read", o.path(), err)
+		return cmp.Or(o.check(), pathError("read", o.path(), err))
 	}
 	if int64(n) < want {
 		return o.changed(fmt.Sprintf("it ended at byte %d of %d", off+int64(n), size))
@@ -360,6 +365,8 @@ func (o *openFile) check() error {
 		return o.changed(fmt.Sprintf("it shrank from %d to %d bytes", n.size, now.size))
 	case now.sec != n.sec || now.nsec != n.nsec:
 		return o.changed("it was written to")
+	case now.id() != n.id:
+		return o.changed("it was replaced, or its metadata changed")
 	}
 	return nil
 }

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"bufio"
 	"context"
 	"fmt"
 	"io"
@@ -58,9 +59,11 @@ func runCheck(ctx context.Context, host Host, o *checkOptions, args []string) er
 	if img.qcow2 == nil {
 		return &cmdError{code: exitNoCheck, err: messagef("This image format does not support checks")}
 	}
+	findings := bufio.NewWriter(host.Err) // there can be millions
 	res, err := img.qcow2.Check(ctx, &qcow2.CheckOptions{
-		Found: func(f qcow2.Finding) { fmt.Fprintln(host.Err, f) },
+		Found: func(f qcow2.Finding) { fmt.Fprintln(findings, f) },
 	})
+	findings.Flush()
 	if err != nil {
 		if ctx.Err() != nil {
 			return ctx.Err()

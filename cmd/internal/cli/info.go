@@ -1,8 +1,10 @@
 package cli
 
 import (
+	"context"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 	"time"
 
@@ -23,8 +25,8 @@ func newInfo(host Host) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "info [-f FORMAT] [--output=human|json] [--backing-chain] FILE",
 		Short: "Tell what an image is",
-		RunE: func(_ *cobra.Command, args []string) error {
-			return runInfo(host, &o, args)
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return runInfo(cmd.Context(), host, &o, args)
 		},
 	}
 	f := cmd.Flags()
@@ -43,29 +45,16 @@ func checkOutput(output string) error {
 	return nil
 }
 
-func runInfo(host Host, o *infoOptions, args []string) error {
+func runInfo(ctx context.Context, host Host, o *infoOptions, args []string) error {
 	if len(args) != 1 {
 		return usagef("Expecting one image file name")
 	}
 	if err := checkOutput(o.output); err != nil {
 		return err
 	}
-	var infos []*imageInfo
-	seen := map[string]bool{}
-	for name, format := args[0], o.format; name != ""; {
-		if seen[name] {
-			return messagef("Backing file '%s' creates an infinite loop.", name)
-		}
-		seen[name] = true
-		info, err := queryInfo(name, &openOptions{format: format, forceShare: o.forceShare})
-		if err != nil {
-			return couldNotOpen(name, err)
-		}
-		infos = append(infos, info)
-		if !o.chain {
-			break
-		}
-		name, format = info.fullBacking, info.backingFormat
+	infos, err := queryChain(ctx, args[0], o)
+	if err != nil {
+		return err
 	}
 	if o.output == "human" {
 		for i, info := range infos {
@@ -84,13 +73,43 @@ func runInfo(host Host, o *infoOptions, args []string) error {
 		}
 		v = list
 	}
-	_, err := io.WriteString(host.Out, prettyJSON(v))
+	_, err = io.WriteString(host.Out, prettyJSON(v))
 	return err
+}
+
+// maxChain bounds the files that --backing-chain tells about, as the library
+// bounds a chain that it opens.
+const maxChain = 200
+
+// queryChain looks at an image and, if that is wanted, at its backing files.
+func queryChain(ctx context.Context, name string, o *infoOptions) ([]*imageInfo, error) {
+	var infos []*imageInfo
+	for format := o.format; ; {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		info, err := queryInfo(name, &openOptions{format: format, forceShare: o.forceShare})
+		if err != nil {
+			return nil, couldNotOpen(name, err)
+		}
+		for _, above := range infos {
+			if os.SameFile(above.file, info.file) {
+				return nil, messagef("Backing file '%s' creates an infinite loop.", name)
+			}
+		}
+		if infos = append(infos, info); len(infos) > maxChain {
+			return nil, messagef("Backing chain of '%s' is longer than %d files", infos[0].name, maxChain)
+		}
+		if name, format = info.fullBacking, info.backingFormat; !o.chain || name == "" {
+			return infos, nil
+		}
+	}
 }
 
 // imageInfo is what info tells about one image.
 type imageInfo struct {
 	name, format  string
+	file          os.FileInfo
 	size          int64
 	allocated     int64 // bytes on the disk
 	clusterSize   int64 // 0: none
@@ -110,6 +129,9 @@ func queryInfo(name string, o *openOptions) (*imageInfo, error) {
 	}
 	defer img.close()
 	info := &imageInfo{name: img.name, format: img.format, size: img.size()}
+	if info.file, err = img.file.OS().Stat(); err != nil {
+		return nil, err
+	}
 	if info.allocated, err = allocated(img.file.OS()); err != nil {
 		return nil, err
 	}
