@@ -65,7 +65,7 @@ func newBuild(host Host) *cobra.Command {
 	f.StringVarP(&o.format, "format", "f", "", "qcow2 or raw (default: the extension of OUTPUT tells)")
 	f.StringVar(&o.size, "size", "", "size of the disk (default: what SOURCE needs, plus --free)")
 	f.StringVar(&o.free, "free", "", "free space in the disk: a size, or N% of what SOURCE needs (default: 20%, at least 64M)")
-	f.BoolVar(&o.minimize, "minimize", false, "the smallest disk that holds the tree")
+	f.BoolVar(&o.minimize, "minimize", false, "the smallest disk that holds the tree (with a journal 2048 blocks)")
 	f.StringVar(&o.label, "label", "", "name of the file system, at most 16 bytes")
 	f.StringVar(&o.uuid, "uuid", "", "UUID of the file system (default: made from names, metadata and options)")
 	f.StringVar(&o.owner, "owner", "", "UID[:GID] that everything belongs to, GID being UID if not given (default: as in SOURCE)")
@@ -373,6 +373,9 @@ func (d *disk) newLayout(ctx context.Context, tree *ext4img.Tree) (*ext4img.Layo
 func (d *disk) tooSmall(e *ext4img.SizeError) error {
 	var hint strings.Builder
 	fmt.Fprintf(&hint, "Use --size %s or more.\n", sizeFlag(e.MinSize))
+	if e.MinSize == 2048*int64(d.layout.BlockSize) {
+		hint.WriteString("That is what a journal asks for; --no-journal does without.\n")
+	}
 	for i, dir := range e.Largest {
 		if i == 0 {
 			hint.WriteString("Largest directories:\n")

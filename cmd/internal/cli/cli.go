@@ -39,7 +39,10 @@ func Run(ctx context.Context, args []string, host Host) int {
 	root.SetArgs(args)
 	root.SetOut(host.Out)
 	root.SetErr(host.Err)
-	err := root.ExecuteContext(ctx)
+	err := unknownCommand(root, args)
+	if err == nil {
+		err = root.ExecuteContext(ctx)
+	}
 	if err == nil && out.err != nil {
 		err = fmt.Errorf("standard output: %w", out.err)
 	}
@@ -70,6 +73,20 @@ func newRoot(name string, args []string, host Host) *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return flagError(args, err) })
 	root.AddCommand(newBuild(host), newCreate(host), newInfo(host), newCheck(host))
 	return root
+}
+
+// unknownCommand says so before the command's flags are taken for the
+// program's.
+func unknownCommand(root *cobra.Command, args []string) error {
+	if len(args) == 0 || strings.HasPrefix(args[0], "-") || args[0] == "help" {
+		return nil
+	}
+	for _, c := range root.Commands() {
+		if c.Name() == args[0] {
+			return nil
+		}
+	}
+	return usagef("Command not found: %s", args[0])
 }
 
 // flagError says in getopt's way what pflag found.
