@@ -13,11 +13,22 @@
 // and checked, but their guest data is refused with ErrEncrypted. Unknown
 // incompatible features are refused by name.
 //
-// An image can name other files, its backing file and its data file, and they
-// are opened unless BackingPolicy says otherwise: use BackingRefuse for images
-// that come from elsewhere.
+// An image can name other files, its backing file and its data file. They are
+// opened only with BackingFollow, which is for images whose names can be
+// trusted; without it an image that names some is refused. Errors name the file
+// of the chain that they are in.
 //
-// No image makes this package panic, loop, or allocate more than the file has
-// bytes beyond the bounds of OpenOptions. All of an Image but Close is safe
-// for concurrent use.
+// Create and Writer write the header last. A crash before that leaves no image,
+// never one with wrong tables, if the device is synced in between
+// (WriterOptions.Sync) or is put in place only when it is complete and synced
+// (blockdev.CreateFile). Nothing here changes an image in place.
+//
+// No image makes this package panic or go on for ever. Memory is 64 MiB and
+// OpenOptions.CacheSize at most, besides what is in proportion to the metadata
+// that is read. Reading takes time in proportion to the range and to the chain,
+// NextExtent to the tables of the extent. Check reads the tables only, each a
+// fixed number of times, and none of the L2 tables that lie in holes of the
+// file.
+//
+// All of an Image but Close is safe for concurrent use.
 package qcow2

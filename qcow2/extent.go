@@ -11,9 +11,10 @@ import (
 // joins to one extent.
 const maxPieces = 4096
 
-// NextExtent implements blockdev.ExtentReader. The extent may end before the
-// run does where that is long. Work is in proportion to the tables of the
-// range, not to its length: a run without L2 tables is one step.
+// NextExtent implements blockdev.ExtentReader. It returns a run of one kind that
+// starts at off, which may end early: what follows it can be of the same kind.
+// Work is in proportion to the tables of the run, not to its length: one without
+// L2 tables is one step.
 //
 // Host is the image file, a backing file or the data file, nil for compressed
 // and encrypted data. Zero and Unallocated extents can have one too: space
