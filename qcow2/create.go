@@ -16,7 +16,7 @@ type Preallocation uint8
 const (
 	PreallocationOff      Preallocation = iota // nothing
 	PreallocationMetadata                      // a host cluster for every guest cluster, left as a hole
-	PreallocationFalloc                        // as metadata, and space for them is set aside
+	PreallocationFalloc                        // as metadata, and space for them is reserved, or else zeroes are written
 	PreallocationFull                          // as metadata, and zeroes are written to them
 )
 
@@ -42,15 +42,17 @@ type CreateOptions struct {
 	Preallocation Preallocation
 
 	// DataFile is the name, as it is stored, of an external data file, and
-	// Data that file, which Create gives the size of the disk; version 3 only.
+	// Data that file, which Create gives the size of the disk, by Truncate if
+	// it can; version 3 only.
 	DataFile string
-	Data     blockdev.Device
+	// Data has to read as zeroes, like the image: the guest sees what is in it.
+	Data blockdev.Device
 	// DataFileRaw keeps the data file a raw image of the disk by itself. All
 	// metadata is preallocated, and there can be no backing file.
 	DataFileRaw bool
 
-	// Progress is told how many of the bytes that PreallocationFull writes
-	// have been written. Nil: nobody is told.
+	// Progress is told how many of the zeroes that preallocation writes have
+	// been written, by the goroutine that called Create. Nil: nobody is told.
 	Progress func(done, total int64)
 }
 
@@ -147,30 +149,15 @@ func sizeDataFile(d blockdev.Device, size int64) error {
 	return nil
 }
 
-// setAside preallocates n bytes at off, which read as zeroes. Where space
-// cannot be set aside zeroes are written.
+// setAside preallocates n bytes at off, which read as zeroes.
 func setAside(ctx context.Context, d blockdev.Device, off, n int64, prealloc Preallocation, progress func(done, total int64)) error {
-	if prealloc < PreallocationFalloc || n == 0 {
-		return nil
-	}
-	if prealloc == PreallocationFalloc {
-		if err := allocate(d, off, n); !errors.Is(err, errors.ErrUnsupported) {
-			return err
-		}
-	}
-	zeroes := make([]byte, min(n, tableBuffer))
-	for done := int64(0); done < n; {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		part := min(n-done, int64(len(zeroes)))
-		if _, err := d.WriteAt(zeroes[:part], off+done); err != nil {
-			return err
-		}
-		done += part
-		if progress != nil {
-			progress(done, n)
-		}
+	switch {
+	case n == 0:
+		return nil // the device may end before off
+	case prealloc == PreallocationFalloc:
+		return blockdev.AllocateZeroes(ctx, d, off, n, progress)
+	case prealloc == PreallocationFull:
+		return blockdev.FillZeroes(ctx, d, off, n, progress)
 	}
 	return nil
 }

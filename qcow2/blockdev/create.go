@@ -21,6 +21,8 @@ type CreateOptions struct {
 
 // Output is a new file in the making. Until Commit nothing is seen of it under
 // its name, and an older file of that name stays as it was.
+//
+// An Output is not safe for concurrent use; its File is.
 type Output struct {
 	file *File
 	path string      // as the caller gave it
@@ -215,8 +217,9 @@ func (o *Output) File() *File { return o.file }
 // rename, sync the directory. The file is closed then.
 //
 // An error means that there is no new file and that an older one is as it was;
-// only when syncing the directory fails, which the error says, the new file
-// has its name and a crash of the system may take it back. A file that has
+// only when what follows the rename fails, which the error says, the new
+// file has its name already: a crash of the system may take it back, or its
+// temporary name is left. A file that has
 // appeared at the place since CreateFile, or been exchanged there, is not
 // replaced: the error matches fs.ErrExist.
 func (o *Output) Commit() error {
@@ -250,18 +253,32 @@ func (o *Output) place() error {
 		}
 		o.temp = name
 	}
+	isNew := o.old == nil
+	if renameClosed {
+		if err := o.closeFiles(); err != nil {
+			return err
+		}
+	}
+	if isNew {
+		err := o.root.Link(o.temp, o.name) // refuses to replace
+		if err == nil {
+			if err := o.root.Remove(o.temp); err != nil {
+				return fmt.Errorf("%s is made, but its temporary name could not be removed: %w", o.path, err)
+			}
+			o.temp = ""
+			return nil
+		}
+		if !linkUnsupported(err) {
+			return err
+		}
+	}
 	st, err := o.root.Lstat(o.name)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
 		return err
-	case o.old == nil || !os.SameFile(st, o.info):
+	case isNew || !os.SameFile(st, o.info):
 		return fmt.Errorf("%s: a file was put there meanwhile, it is not replaced: %w", o.path, fs.ErrExist)
-	}
-	if renameClosed {
-		if err := o.closeFiles(); err != nil {
-			return err
-		}
 	}
 	if err := o.root.Rename(o.temp, o.name); err != nil {
 		return err

@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 
 	"qimg/qcow2/blockdev"
@@ -303,4 +305,38 @@ func TestCreateFileNamed(t *testing.T) {
 		t.Errorf("a file that came meanwhile: %v", err)
 	}
 	wantDir(t, dir, map[string]string{"old": "done", "new": "done", "late": "theirs"})
+}
+
+// Of two that make the same new file at once, one does: neither is replaced by
+// the other.
+func TestCreateFileNamedRace(t *testing.T) {
+	for i := range 200 {
+		path := filepath.Join(t.TempDir(), "new")
+		var committed atomic.Int32
+		var group sync.WaitGroup
+		start := make(chan struct{})
+		for range 3 {
+			o, err := blockdev.CreateFile(path, &blockdev.CreateOptions{NoLock: true, NoSync: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := o.UseNamed(); err != nil {
+				t.Fatal(err)
+			}
+			group.Go(func() {
+				<-start
+				if err := o.Commit(); err == nil {
+					committed.Add(1)
+				} else if !errors.Is(err, fs.ErrExist) {
+					t.Error(err)
+				}
+			})
+		}
+		close(start)
+		group.Wait()
+		if n := committed.Load(); n != 1 {
+			t.Fatalf("round %d: %d were committed", i, n)
+		}
+		wantDir(t, filepath.Dir(path), map[string]string{"new": ""})
+	}
 }

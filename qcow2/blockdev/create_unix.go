@@ -22,6 +22,12 @@ func copyOwner(f *os.File, info fs.FileInfo) error {
 	return nil
 }
 
+// linkUnsupported reports whether err says that the file system has no links:
+// Linux says EPERM.
+func linkUnsupported(err error) bool {
+	return errors.Is(err, errors.ErrUnsupported) || errors.Is(err, syscall.EPERM)
+}
+
 func syncDir(root *os.Root) error {
 	d, err := root.Open(".")
 	if err != nil {

@@ -3,8 +3,8 @@
 // QEMU's image locks and the safe way to make a new file.
 //
 // A device has a size in bytes and is read and written at any offset. What
-// else a device can do (sync, discard, write zeroes, truncate, tell its
-// extents, take bytes from another file inside the kernel) it says by
+// else a device can do (sync, discard, write zeroes, truncate, reserve space,
+// tell its extents, take bytes from another file inside the kernel) it says by
 // implementing one of the small interfaces below; callers ask by type
 // assertion and have a fallback.
 //
@@ -58,6 +58,15 @@ type Truncater interface {
 	Truncate(size int64) error
 }
 
+// Allocator is a device that can reserve the space of a range, so that a later
+// write there does not fail for want of it.
+type Allocator interface {
+	// Allocate reserves space for n bytes at off, inside the device. The range
+	// reads as before. A device that finds out that it cannot returns an error
+	// that matches errors.ErrUnsupported.
+	Allocate(off, n int64) error
+}
+
 // RangeCopier is a device that can take bytes from a file faster than the
 // program can read and write them: by sharing blocks, or on a server.
 type RangeCopier interface {
@@ -70,7 +79,8 @@ type RangeCopier interface {
 
 // ExtentReader is a device that knows which of its ranges hold data.
 type ExtentReader interface {
-	// NextExtent describes the longest run of one kind that starts at off.
+	// NextExtent describes a run of one kind that starts at off; it may end
+	// before the run does, so that the next extent can be of the same kind.
 	// 0 <= off < Size; Off of the result is off, Len is at least 1 and does
 	// not reach beyond Size.
 	NextExtent(off int64) (Extent, error)

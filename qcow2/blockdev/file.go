@@ -1,6 +1,7 @@
 package blockdev
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -244,12 +245,29 @@ func (f *File) WriteZeroes(off, n int64) error {
 	}
 	err := punch(f.f, off, n)
 	if errors.Is(err, errors.ErrUnsupported) {
-		return writeZeroes(f.WriteAt, off, n)
+		return FillZeroes(context.Background(), f, off, n, nil)
 	}
 	if err != nil {
 		return f.fail(fmt.Errorf("%s: write %d zeroes at offset %d: %w", f.name, n, off, err))
 	}
 	return nil
+}
+
+// Allocate reserves space for a range (fallocate), on Linux, where the file
+// system can do that; elsewhere the error matches errors.ErrUnsupported.
+func (f *File) Allocate(off, n int64) error {
+	if err := f.change("allocate", off, n); err != nil || n == 0 {
+		return err
+	}
+	err := allocate(f.f, off, n)
+	if err == nil {
+		return nil
+	}
+	err = fmt.Errorf("%s: allocate %d bytes at offset %d: %w", f.name, n, off, err)
+	if !errors.Is(err, errors.ErrUnsupported) {
+		f.fail(err)
+	}
+	return err
 }
 
 // Discard is WriteZeroes: a discarded range reads as zeroes, also where no

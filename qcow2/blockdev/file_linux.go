@@ -42,15 +42,28 @@ func punch(f *os.File, off, n int64) error {
 			unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE,
 			unix.FALLOC_FL_ZERO_RANGE | unix.FALLOC_FL_KEEP_SIZE,
 		} {
-			err := ignoringEINTR(func() error { return unix.Fallocate(fd, mode, off, n) })
-			switch err {
-			case unix.EOPNOTSUPP, unix.ENOSYS, unix.EINVAL, unix.EPERM, unix.ENODEV:
-				continue // the next way
+			if err := fallocate(fd, mode, off, n); err != errors.ErrUnsupported {
+				return err
 			}
-			return err
 		}
 		return errors.ErrUnsupported
 	})
+}
+
+// allocate reserves space for a range of f that is inside it.
+func allocate(f *os.File, off, n int64) error {
+	return control(f, func(fd int) error { return fallocate(fd, unix.FALLOC_FL_KEEP_SIZE, off, n) })
+}
+
+// fallocate returns errors.ErrUnsupported where the file system, or a filter
+// of system calls, does not do what is asked for.
+func fallocate(fd int, mode uint32, off, n int64) error {
+	err := ignoringEINTR(func() error { return unix.Fallocate(fd, mode, off, n) })
+	switch err {
+	case unix.EOPNOTSUPP, unix.ENOSYS, unix.EINVAL, unix.EPERM, unix.ENODEV:
+		return errors.ErrUnsupported
+	}
+	return err
 }
 
 // seekData returns the start of the first data at or after off, or size if

@@ -72,6 +72,31 @@ func TestFileSparse(t *testing.T) {
 
 // TestFileCopyRange copies on file systems that share blocks, and on one that
 // does not.
+// Allocate takes space and leaves what is read as it was.
+func TestFileAllocate(t *testing.T) {
+	const size = 8 << 20
+	f := tempFile(t, size, rw)
+	if err := f.Allocate(1<<20, 4<<20); err != nil {
+		t.Fatal(err)
+	}
+	if n := blocks(t, f.Name()); n < 4<<20 || n >= size {
+		t.Errorf("%d bytes are taken, expected 4 MiB", n)
+	}
+	if e, err := f.NextExtent(0); err != nil || e.Kind != blockdev.Zero || e.Len != size {
+		t.Errorf("%+v, %v: something was written", e, err)
+	}
+	if f.Size() != size {
+		t.Errorf("the size is %d", f.Size())
+	}
+	if err := f.Allocate(size-1, 2); !errors.Is(err, blockdev.ErrRange) {
+		t.Errorf("over the end: %v", err)
+	}
+	readonly := openFile(t, f.Name(), &blockdev.FileOptions{NoLock: true})
+	if err := readonly.Allocate(0, 1); !errors.Is(err, blockdev.ErrReadOnly) {
+		t.Errorf("opened for reading: %v", err)
+	}
+}
+
 func TestFileCopyRange(t *testing.T) {
 	want := bytes.Repeat([]byte("0123456789abcdef"), 1<<16)
 	for _, mkfs := range []string{"mkfs.btrfs", "mkfs.xfs"} {
@@ -237,7 +262,7 @@ func checkFailed(t *testing.T, f *blockdev.File, first error) {
 	_, werr := f.WriteAt([]byte{1}, 0)
 	_, cerr := f.CopyRange(0, f.OS(), 100, 1)
 	for op, err := range map[string]error{"write": werr, "copy": cerr, "sync": f.Sync(),
-		"truncate": f.Truncate(5), "zero": f.WriteZeroes(0, 1), "discard": f.Discard(0, 1)} {
+		"truncate": f.Truncate(5), "zero": f.WriteZeroes(0, 1), "discard": f.Discard(0, 1), "allocate": f.Allocate(0, 1)} {
 		if !errors.Is(err, blockdev.ErrReadOnly) || !errors.Is(err, first) {
 			t.Errorf("%s after a failed write: %v", op, err)
 		}

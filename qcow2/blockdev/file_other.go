@@ -10,6 +10,7 @@ import (
 const openFlags = 0
 
 func punch(*os.File, int64, int64) error             { return errors.ErrUnsupported }
+func allocate(*os.File, int64, int64) error          { return errors.ErrUnsupported }
 func seekData(*os.File, int64, int64) (int64, error) { return 0, errors.ErrUnsupported }
 func seekHole(*os.File, int64, int64) (int64, error) { return 0, errors.ErrUnsupported }
 func copyRange(*os.File, int64, *os.File, int64, int64) (int64, error) {

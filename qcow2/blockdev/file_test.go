@@ -174,7 +174,7 @@ func TestFileReadOnly(t *testing.T) {
 	_, werr := f.WriteAt([]byte{1}, 0)
 	_, cerr := f.CopyRange(0, f.OS(), 10, 1)
 	for op, err := range map[string]error{"write": werr, "copy": cerr, "truncate": f.Truncate(5),
-		"zero": f.WriteZeroes(0, 1), "discard": f.Discard(0, 1)} {
+		"zero": f.WriteZeroes(0, 1), "discard": f.Discard(0, 1), "allocate": f.Allocate(0, 1)} {
 		if !errors.Is(err, blockdev.ErrReadOnly) {
 			t.Errorf("%s: %v", op, err)
 		}
@@ -194,7 +194,7 @@ func TestFileClosed(t *testing.T) {
 	_, cerr := f.CopyRange(0, os.Stdin, 0, 1)
 	_, eerr := f.NextExtent(0)
 	for op, err := range map[string]error{"read": rerr, "write": werr, "copy": cerr, "extent": eerr, "sync": f.Sync(),
-		"truncate": f.Truncate(5), "zero": f.WriteZeroes(0, 1), "discard": f.Discard(0, 1), "close": f.Close()} {
+		"truncate": f.Truncate(5), "zero": f.WriteZeroes(0, 1), "discard": f.Discard(0, 1), "allocate": f.Allocate(0, 1), "close": f.Close()} {
 		if !errors.Is(err, os.ErrClosed) {
 			t.Errorf("%s: %v", op, err)
 		}

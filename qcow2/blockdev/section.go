@@ -121,6 +121,18 @@ func (s *Section) WriteZeroes(off, n int64) error {
 	return WriteZeroes(s.d, s.off+off, n)
 }
 
+// Allocate is the parent's Allocate. On a parent that is no Allocator the error
+// matches errors.ErrUnsupported.
+func (s *Section) Allocate(off, n int64) error {
+	if err := checkRange(off, n, s.n); err != nil {
+		return err
+	}
+	if a, ok := s.d.(Allocator); ok {
+		return a.Allocate(s.off+off, n)
+	}
+	return fmt.Errorf("section: allocate: %w", errors.ErrUnsupported)
+}
+
 // CopyRange is the parent's CopyRange. On a parent that is no RangeCopier the
 // error matches errors.ErrUnsupported.
 func (s *Section) CopyRange(off int64, src *os.File, srcOff, n int64) (int64, error) {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"math"
 	"os"
 	"strconv"
@@ -250,10 +249,14 @@ func createRaw(ctx context.Context, path string, opts *optionList) error {
 	if err := out.File().Truncate(size); err != nil {
 		return err
 	}
-	if mode == "falloc" || mode == "full" {
-		if err := writeZeroes(ctx, out.File(), 0, size); err != nil {
-			return err
-		}
+	switch mode {
+	case "falloc":
+		err = blockdev.AllocateZeroes(ctx, out.File(), 0, size, nil)
+	case "full":
+		err = blockdev.FillZeroes(ctx, out.File(), 0, size, nil)
+	}
+	if err != nil {
+		return err
 	}
 	return out.Commit()
 }
@@ -309,23 +312,6 @@ func qcow2Options(opts *optionList) (*qcow2.CreateOptions, error) {
 		return nil, messagef("Parameter 'backing-fmt' does not accept value '%s'", f)
 	}
 	return co, nil
-}
-
-// writeZeroes writes zeroes where a WriteZeroes might leave a hole, so that
-// the space is taken.
-func writeZeroes(ctx context.Context, d io.WriterAt, off, n int64) error {
-	buf := make([]byte, 1<<20)
-	for n > 0 {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		k, err := d.WriteAt(buf[:min(n, int64(len(buf)))], off)
-		if err != nil {
-			return err
-		}
-		off, n = off+int64(k), n-int64(k)
-	}
-	return nil
 }
 
 // localPath returns the path that a name of an image means. A prefix up to a

@@ -24,6 +24,7 @@ func TestCreate(t *testing.T) {
 		"-f raw x 1M",
 		"x 1001",
 		"-f raw -o size=1M x",
+		"-f raw -o preallocation=falloc x 1M",
 		"-f raw -o preallocation=full x 1M",
 		"-f raw -o nocow=off,extent_size_hint=1M x 4k",
 		"-f qcow2 x 0",
@@ -101,6 +102,27 @@ func TestCreateReplaces(t *testing.T) {
 	}
 	if !strings.Contains(mustRun(t, "info", "x"), "file format: qcow2") {
 		t.Error("a failed create touched the older image")
+	}
+}
+
+// TestCreateSpace finds what space a raw image takes and whether it was
+// written. QEMU itself always writes the first block.
+func TestCreateSpace(t *testing.T) {
+	oracle.Require(t, "qemu-img")
+	t.Chdir(t.TempDir())
+	for _, c := range []struct {
+		mode, size string
+		written    bool
+	}{{"off", "0 B", false}, {"falloc", "8 MiB", false}, {"full", "8 MiB", true}} {
+		mustRun(t, "create", "-f", "raw", "-o", "preallocation="+c.mode, "x", "8M")
+		if info := oracle.MustRun(t, "qemu-img", "info", "-f", "raw", "x"); !strings.Contains(info, "disk size: "+c.size+"\n") {
+			t.Errorf("preallocation=%s: expected %s:\n%s", c.mode, c.size, info)
+		}
+		m := oracle.MustRun(t, "qemu-img", "map", "-f", "raw", "x")
+		if written := strings.Count(m, "\n") > 1; written != c.written {
+			t.Errorf("preallocation=%s: written %v\n%s", c.mode, written, m)
+		}
+		os.Remove("x")
 	}
 }
 

@@ -24,7 +24,8 @@ type Fault struct {
 }
 
 // Faulty is a device that passes every call on to another, except the one that
-// its Fault names. It is safe for concurrent use and no RangeCopier.
+// its Fault names. It is safe for concurrent use, and no RangeCopier and no
+// Allocator.
 type Faulty struct {
 	d     blockdev.Device
 	fault Fault

@@ -63,7 +63,8 @@ func (o Op) Apply(m *blockdev.Memory) error {
 
 // Recorder is a device that passes every call on to another and records those
 // that change or sync it, in the order in which they were done. It is safe for
-// concurrent use. It is no RangeCopier, so that every byte is seen.
+// concurrent use. It is no RangeCopier, so that every byte is seen, and no
+// Allocator.
 type Recorder struct {
 	mu   sync.Mutex
 	d    blockdev.Device
