@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"math/bits"
 	"slices"
 
 	"qimg/qcow2/blockdev"
@@ -165,6 +166,10 @@ type CheckResult struct {
 	Leaks              int64
 }
 
+// checkPartsBits is log2 of the parts of refcount blocks, of 4 KiB at most, that
+// a check keeps.
+const checkPartsBits = 12
+
 // checker is a check that is going on.
 type checker struct {
 	ctx    context.Context
@@ -180,6 +185,11 @@ type checker struct {
 	done, total int64
 	buf         []byte // of readL2
 
+	// Parts of refcount blocks, each where the hash of its offset says.
+	parts [1 << checkPartsBits]struct {
+		off int64
+		b   []byte
+	}
 	// The part of a refcount block used last, and its clusters.
 	slice      []byte
 	start, end int64
@@ -194,7 +204,9 @@ type checker struct {
 // for each cluster in use where these lie close together, 50 bytes at most for
 // each entry of a table, and 48 for each 4096 clusters of the file. Time is that
 // of reading all tables once, the L2 tables twice, and of a step for each cluster
-// of the file. L2 tables in holes of the file are not read.
+// of the file. L2 tables in holes of the file are not read. Where clusters lie in
+// no order, and refcount blocks have more than 16 MiB, 4 KiB of these are read for
+// each entry of the active L2 tables.
 //
 // An error means that the check did not come to its end.
 func (im *Image) Check(ctx context.Context, opts *CheckOptions) (CheckResult, error) {
@@ -292,7 +304,7 @@ func (c *checker) readL2(off int64) ([]byte, error) {
 // refcount returns the stored refcount of a cluster.
 func (c *checker) refcount(cluster int64) (uint64, error) {
 	if cluster < c.start || cluster >= c.end {
-		b, err := c.im.refcountSlice(c.table, cluster)
+		b, err := c.refcountSlice(cluster)
 		if err != nil {
 			return 0, err
 		}
@@ -305,7 +317,44 @@ func (c *checker) refcount(cluster int64) (uint64, error) {
 
 // perSlice returns how many refcounts refcountSlice has at once, a power of
 // two.
-func (c *checker) perSlice() int64 { return c.im.sliceSize() * 8 / int64(c.im.geo.refcountBits) }
+func (c *checker) perSlice() int64 { return c.sliceSize() * 8 / int64(c.im.geo.refcountBits) }
+
+// sliceSize is the bytes of a refcount block that are read at once. They are
+// few since entries of L2 tables can name clusters in any order.
+func (c *checker) sliceSize() int64 { return min(c.im.geo.clusterSize, 4096) }
+
+// refcountSlice returns the part of a refcount block that holds the refcount
+// of a cluster, as long as sliceSize, or nil if they are all 0. It is valid until
+// the next call.
+func (c *checker) refcountSlice(cluster int64) ([]byte, error) {
+	g := &c.im.geo
+	perBlock := g.clusterBits + 3 - uint(bits.Len(g.refcountBits)-1) // log2
+	i := cluster >> perBlock
+	if i >= int64(len(c.table)/reftableEntrySize) {
+		return nil, nil
+	}
+	block := binary.BigEndian.Uint64(c.table[i*reftableEntrySize:]) & reftableOffsetMask
+	if g.inCluster(block) != 0 {
+		return nil, &FormatError{"refcount table entry", int64(c.im.header.RefcountTableOffset) + i*reftableEntrySize,
+			"refcount block offset", fmt.Sprintf("%#x not aligned to %#x", block, g.clusterSize), ErrCorrupt}
+	}
+	if block == 0 || block >= uint64(c.fileSz) {
+		return nil, nil
+	}
+	inBlock := (cluster & (1<<perBlock - 1)) * int64(g.refcountBits) / 8
+	off := int64(block) + inBlock&^(c.sliceSize()-1)
+	part := &c.parts[uint64(off)*0x9e3779b97f4a7c15>>(64-checkPartsBits)]
+	if part.b == nil {
+		part.b = make([]byte, c.sliceSize())
+	} else if part.off == off {
+		return part.b, nil
+	}
+	part.off = off // an error ends the check
+	if err := readFull(c.im.dev, part.b, off); err != nil {
+		return nil, fmt.Errorf("qcow2: check: refcount block at %#x: %w", block, err)
+	}
+	return part.b, nil
+}
 
 // refer counts k references to each cluster of n bytes at off.
 func (c *checker) refer(off, n, k int64) {
@@ -644,7 +693,7 @@ func (c *checker) compareRefcounts() error {
 		if start%refcountChunk == 0 { // step divides it
 			c.refs.chunk(start, &counts)
 		}
-		b, err := c.im.refcountSlice(c.table, start)
+		b, err := c.refcountSlice(start)
 		if errors.Is(err, ErrCorrupt) {
 			c.found(Finding{Kind: RefcountUnreadable, Off: start << g.clusterBits, Index: start, Value: uint64(end - start), Count: end - start, Text: err.Error()})
 			continue

@@ -415,6 +415,21 @@ func TestCheckBounds(t *testing.T) {
 				x.Put(3*c+8*i, uint64(i+4)*c)
 			}
 		}, qcow2.BeyondEnd, 256 << 10},
+		{"clusters in no order", 8 << 40, func(x *qcow2.Tiny) {
+			const c, tables = 64 << 10, 8
+			x.Header.ClusterBits, x.Header.RefcountTableOffset = 16, c
+			x.Header.L1TableOffset, x.Header.L1Size = 2*c, tables
+			x.Image = make([]byte, (3+tables)*c)
+			for i := range 4096 {
+				x.Put(c+8*i, uint64(4096+i)*c)
+			}
+			for i := range tables {
+				x.Put(2*c+8*i, uint64(3+i)*c)
+			}
+			for i := range tables * 8192 {
+				x.Put(3*c+8*i, uint64(i%4096)<<31|uint64(i/4096+32)<<25)
+			}
+		}, qcow2.RefcountTooLow, 1 + 1 + 1 + 8 + 4096 + 8*8192},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			im := sparse(t, c.size, c.change)

@@ -3,9 +3,7 @@ package qcow2
 import (
 	"cmp"
 	"encoding/binary"
-	"fmt"
 	"math"
-	"math/bits"
 	"slices"
 )
 
@@ -24,39 +22,13 @@ func refcountEntry(b []byte, shift, width uint) uint64 {
 }
 
 // refcountIn returns the refcount of a cluster from the part of its refcount
-// block that refcountSlice returned.
+// block that checker.refcountSlice returned.
 func (g *geometry) refcountIn(slice []byte, cluster int64) uint64 {
 	if slice == nil {
 		return 0
 	}
 	bit := cluster * int64(g.refcountBits) & (int64(len(slice))*8 - 1) // len is a power of two
 	return refcountEntry(slice[bit/8:], uint(bit&7), g.refcountBits)
-}
-
-// refcountSlice returns the part of a refcount block that holds the refcount
-// of a cluster, as long as sliceSize, or nil if they are all 0. table is the
-// refcount table as far as the file goes.
-func (im *Image) refcountSlice(table []byte, cluster int64) ([]byte, error) {
-	g := &im.geo
-	perBlock := g.clusterBits + 3 - uint(bits.Len(g.refcountBits)-1) // log2
-	i := cluster >> perBlock
-	if i >= int64(len(table)/reftableEntrySize) {
-		return nil, nil
-	}
-	block := binary.BigEndian.Uint64(table[i*reftableEntrySize:]) & reftableOffsetMask
-	if g.inCluster(block) != 0 {
-		return nil, &FormatError{"refcount table entry", int64(im.header.RefcountTableOffset) + i*reftableEntrySize,
-			"refcount block offset", fmt.Sprintf("%#x not aligned to %#x", block, g.clusterSize), ErrCorrupt}
-	}
-	if block == 0 || block >= uint64(im.dev.Size()) {
-		return nil, nil
-	}
-	inBlock := (cluster & (1<<perBlock - 1)) * int64(g.refcountBits) / 8
-	b, err := im.slice(int64(block) + inBlock&^(im.sliceSize()-1))
-	if err != nil {
-		return nil, fmt.Errorf("qcow2: refcount block at %#x: %w", block, err)
-	}
-	return b, nil
 }
 
 // refcountChunk is the number of clusters of a refcounts chunk.
@@ -106,6 +78,12 @@ func (r *refcounts) empty(cluster int64) bool {
 // add adds k references and returns how many of them did not fit.
 func (r *refcounts) add(cluster int64, k uint64) (over uint64) {
 	c, i := &r.chunks[cluster/refcountChunk], cluster%refcountChunk
+	if c.small != nil { // the usual case
+		if sum := uint64(c.small[i]) + k; sum <= min(r.max, math.MaxUint8) {
+			c.small[i] = uint8(sum)
+			return 0
+		}
+	}
 	sum := c.get(i) + k
 	if sum > r.max {
 		over, sum = sum-r.max, r.max
@@ -153,6 +131,9 @@ func (c *countChunk) get(i int64) uint64 {
 
 // find returns where in sparse the count of cluster i is, or would be.
 func (c *countChunk) find(i int64) (int, bool) {
+	if n := len(c.sparse); n == 0 || c.sparse[n-1]>>32 < uint64(i) { // clusters come in order mostly
+		return n, false
+	}
 	return slices.BinarySearchFunc(c.sparse, uint64(i), func(x, i uint64) int { return cmp.Compare(x>>32, i) })
 }
 
