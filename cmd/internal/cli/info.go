@@ -230,11 +230,8 @@ func bitmapList(bitmaps []qcow2.Bitmap) []any {
 	list := []any{}
 	for _, b := range bitmaps {
 		flags := []any{}
-		if b.Flags&qcow2.BitmapInUse != 0 {
-			flags = append(flags, "in-use")
-		}
-		if b.Flags&qcow2.BitmapAuto != 0 {
-			flags = append(flags, "auto")
+		for _, name := range b.Flags.Names() {
+			flags = append(flags, name)
 		}
 		list = append(list, object{{"flags", flags}, {"name", b.Name}, {"granularity", int64(1) << b.GranularityBits}})
 	}
