@@ -3,8 +3,6 @@ package qcow2
 import (
 	"fmt"
 	"math/bits"
-	"strconv"
-	"strings"
 )
 
 // OptionError says which options of a new image do not go together, or which
@@ -139,110 +137,4 @@ func (h *Header) firstCluster() ([]byte, error) {
 		return nil, optionError("Header of %d bytes does not fit into a cluster of %d bytes: shorten the names in it or use a larger cluster size", len(b), h.ClusterSize())
 	}
 	return append(b, make([]byte, h.ClusterSize()-int64(len(b)))...), nil
-}
-
-// Set sets an option by the name and value that qemu-img's -o takes. All but
-// size are known; of data_file the caller has to open the file (Data), and
-// encryption is ErrUnsupported. Values are checked one by one; what goes
-// together is Create's to check.
-func (o *CreateOptions) Set(name, value string) error {
-	switch name {
-	case "compat":
-		return setEnum(&o.Version, "version", value, map[string]int{"0.10": 2, "v2": 2, "1.1": 3, "v3": 3})
-	case "cluster_size":
-		n, ok := parseSize(value)
-		if !ok {
-			return optionError("Parameter '%s' expects a non-negative number below 2^64\n"+
-				"Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively.", name)
-		}
-		o.ClusterSize = n
-		if n == 0 {
-			o.ClusterSize = -1 // refused, where 0 is the default
-		}
-	case "refcount_bits":
-		n, err := strconv.ParseInt(value, 0, 64)
-		if err != nil {
-			return optionError("Parameter '%s' expects a number", name)
-		}
-		o.RefcountBits = -1 // refused, as 0 is here
-		if n > 0 && n <= 64 {
-			o.RefcountBits = int(n)
-		}
-	case "compression_type":
-		return setEnum(&o.Compression, "compression-type", value, map[string]CompressionType{"zlib": CompressionZlib, "zstd": CompressionZstd})
-	case "preallocation":
-		return setEnum(&o.Preallocation, name, value, map[string]Preallocation{
-			"off": PreallocationOff, "metadata": PreallocationMetadata, "falloc": PreallocationFalloc, "full": PreallocationFull})
-	case "extended_l2":
-		return setBool(&o.ExtendedL2, name, value)
-	case "lazy_refcounts":
-		return setBool(&o.LazyRefcounts, name, value)
-	case "data_file_raw":
-		return setBool(&o.DataFileRaw, name, value)
-	case "backing_file":
-		if value == "" {
-			return OptionError("Expected backing file name, got empty string")
-		}
-		o.BackingFile = value
-	case "backing_fmt":
-		o.BackingFormat = value
-	case "data_file":
-		o.DataFile = value
-	case "encryption":
-		var on bool
-		if err := setBool(&on, name, value); err != nil || !on {
-			return err
-		}
-		return fmt.Errorf("qcow2: option %s: %w", name, ErrUnsupported)
-	case "encrypt.format", "encrypt.key-secret", "encrypt.cipher-alg", "encrypt.cipher-mode",
-		"encrypt.ivgen-alg", "encrypt.ivgen-hash-alg", "encrypt.hash-alg", "encrypt.iter-time":
-		return fmt.Errorf("qcow2: option %s: %w", name, ErrUnsupported)
-	default:
-		return optionError("Invalid parameter '%s'", name)
-	}
-	return nil
-}
-
-func setEnum[T any](to *T, name, value string, values map[string]T) error {
-	v, ok := values[value]
-	if !ok {
-		return optionError("Parameter '%s' does not accept value '%s'", name, value)
-	}
-	*to = v
-	return nil
-}
-
-func setBool(to *bool, name, value string) error {
-	switch value {
-	case "on", "yes", "true", "y":
-		*to = true
-	case "off", "no", "false", "n":
-		*to = false
-	default:
-		return optionError("Parameter '%s' expects 'on' or 'off'", name)
-	}
-	return nil
-}
-
-// parseSize reads a number of bytes in qemu-img's notation, below 2^63.
-func parseSize(s string) (int64, bool) {
-	if hex, ok := strings.CutPrefix(strings.ToLower(s), "0x"); ok {
-		n, err := strconv.ParseInt(hex, 16, 64)
-		return n, err == nil && n >= 0
-	}
-	shift := 0
-	if s != "" {
-		if i := strings.IndexByte("bkmgtpe", s[len(s)-1]|0x20); i >= 0 {
-			shift, s = 10*i, s[:len(s)-1]
-		}
-	}
-	if strings.Trim(s, "0123456789.") != "" {
-		return 0, false
-	}
-	if n, err := strconv.ParseInt(s, 10, 64); err == nil {
-		return n << shift, n<<shift>>shift == n
-	}
-	f, err := strconv.ParseFloat(s, 64)
-	f *= float64(int64(1) << shift)
-	return int64(f), err == nil && f < 1<<63
 }

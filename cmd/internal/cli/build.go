@@ -185,17 +185,17 @@ func (o *buildOptions) parseFormat(d *disk, given func(flag string) bool) error 
 	if err != nil {
 		return err
 	}
-	create := qcow2.CreateOptions{}
-	if create.ClusterSize = cluster; cluster == 0 {
-		create.ClusterSize = -1 // refused; 0 would be the default
+	create := qcow2.FormatOptions{}
+	if create.ClusterSize, err = clusterSize(uint64(cluster)); err != nil {
+		return err
 	}
-	if create.Set("compat", o.compat) != nil {
+	if create.Version, err = parseCompat(o.compat); err != nil {
 		return fmt.Errorf("--compat is 0.10 or 1.1, not '%s'", o.compat)
 	}
-	if create.Set("compression_type", o.compression) != nil {
+	if create.Compression, err = parseCompression(o.compression); err != nil {
 		return fmt.Errorf("--compression is zlib or zstd, not '%s'", o.compression)
 	}
-	d.qcow2 = &qcow2.WriterOptions{FormatOptions: create.FormatOptions, Compress: o.compress}
+	d.qcow2 = &qcow2.WriterOptions{FormatOptions: create, Compress: o.compress}
 	return nil
 }
 

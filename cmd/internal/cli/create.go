@@ -294,26 +294,6 @@ func createQcow2(ctx context.Context, path string, opts *optionList) (err error)
 	return out.Commit()
 }
 
-// qcow2Options turns -o into the options of a new image.
-func qcow2Options(opts *optionList) (*qcow2.CreateOptions, error) {
-	co := &qcow2.CreateOptions{}
-	for _, d := range opts.descs {
-		switch d.name {
-		case "size", "nocow", "extent_size_hint":
-			continue
-		}
-		if v := opts.str(d.name); v != "" {
-			if err := co.Set(d.name, v); err != nil {
-				return nil, err
-			}
-		}
-	}
-	if f := co.BackingFormat; f != "" && f != "raw" && f != "qcow2" {
-		return nil, messagef("Parameter 'backing-fmt' does not accept value '%s'", f)
-	}
-	return co, nil
-}
-
 // localPath returns the path that a name of an image means. A prefix up to a
 // colon names a protocol, of which there is "file" alone.
 func localPath(name string) (string, error) {

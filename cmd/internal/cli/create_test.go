@@ -105,6 +105,34 @@ func TestCreateReplaces(t *testing.T) {
 	}
 }
 
+// TestCreateOptions has qemu-img and qimg take and refuse the same values of -o,
+// in the same words.
+func TestCreateOptions(t *testing.T) {
+	oracle.Require(t, "qemu-img")
+	t.Chdir(t.TempDir())
+	for _, option := range []string{
+		"compat=0.10", "compat=1.1", "compat=v2", "compat=v3", "compat=3", "compat=", "cluster_size=64k", "cluster_size=4096",
+		"cluster_size=0x10000", "cluster_size=0.5k", "cluster_size=1M", "cluster_size=3K", "cluster_size=foo", "cluster_size=64x",
+		"cluster_size=-1", "cluster_size=0", "cluster_size=k", "cluster_size=", "cluster_size=9E", "cluster_size=16E",
+		"refcount_bits=8", "refcount_bits=0x10", "refcount_bits=010", "refcount_bits=foo", "refcount_bits=", "refcount_bits=-",
+		"refcount_bits=0", "refcount_bits=-1", "refcount_bits=128", "refcount_bits=4294967312", "lazy_refcounts=yes", "lazy_refcounts=off",
+		"lazy_refcounts=", "lazy_refcounts=1", "extended_l2=on", "extended_l2=maybe", "data_file_raw=off", "data_file_raw=2",
+		"compression_type=zstd", "compression_type=zlib", "compression_type=ZLIB", "compression_type=", "preallocation=metadata",
+		"preallocation=full", "preallocation=", "backing_file=", "backing_fmt=", "backing_fmt=foo", "data_file=", "foo=bar",
+	} {
+		args := []string{"create", "-f", "qcow2", "-o", option, "x", "1M"}
+		want := oracle.Run(t, "qemu-img", args...)
+		wantInfo := oracle.Run(t, "qemu-img", "info", "x")
+		os.Remove("x")
+		if diff := cmp.Diff(want, run(t, args...)); diff != "" {
+			t.Errorf("%s: -qemu-img +qimg\n%s", option, diff)
+		} else if diff := cmp.Diff(withoutDiskSize(wantInfo), withoutDiskSize(oracle.Run(t, "qemu-img", "info", "x"))); want.Code == 0 && diff != "" {
+			t.Errorf("%s: info: -qemu-img +qimg\n%s", option, diff)
+		}
+		os.Remove("x")
+	}
+}
+
 // TestCreateSpace finds what space a raw image takes and whether it was
 // written. QEMU itself always writes the first block.
 func TestCreateSpace(t *testing.T) {

@@ -127,7 +127,10 @@ func (l *optionList) set(name, value string) error {
 			return messagef("Parameter '%s' expects 'on' or 'off'", name)
 		}
 	case numberOption:
-		n, err := strconv.ParseUint(value, 0, 64)
+		n, err := strconv.ParseUint(strings.TrimPrefix(value, "-"), 0, 64)
+		if strings.HasPrefix(value, "-") {
+			n = -n // as strtoull has it
+		}
 		if errors.Is(err, strconv.ErrRange) {
 			return messagef("Value '%s' is too large for parameter '%s'", value, name)
 		}
@@ -174,6 +177,12 @@ func (l *optionList) str(name string) string {
 	return ""
 }
 
+// bool returns whether an option is on.
+func (l *optionList) bool(name string) bool {
+	on, _ := parseBool(l.str(name))
+	return on
+}
+
 // uint returns the value of a number or a size.
 func (l *optionList) uint(name string) uint64 {
 	n, _ := strconv.ParseUint(l.str(name), 10, 64)
@@ -188,8 +197,11 @@ func (l *optionList) String() string {
 		if v == "" && !l.has(d.name) {
 			continue
 		}
-		if d.typ == stringOption {
+		switch d.typ {
+		case stringOption:
 			v = strings.ReplaceAll(v, ",", ",,")
+		case numberOption, sizeOption:
+			v = strconv.FormatInt(int64(l.uint(d.name)), 10) // as QEMU prints them
 		}
 		parts = append(parts, d.name+"="+v)
 	}
