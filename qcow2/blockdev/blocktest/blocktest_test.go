@@ -40,7 +40,7 @@ func read(t *testing.T, r blockdev.Reader) []byte {
 	return p
 }
 
-func TestRecorderReplay(t *testing.T) {
+func TestRecorderStates(t *testing.T) {
 	m := blockdev.NewMemory(200_000)
 	if _, err := m.WriteAt([]byte("before"), 100_000); err != nil {
 		t.Fatal(err)
@@ -77,14 +77,18 @@ func TestRecorderReplay(t *testing.T) {
 		blocktest.Write, blocktest.WriteZeroes, blocktest.Discard}; !slices.Equal(kinds, want) {
 		t.Errorf("recorded %v, want %v", kinds, want)
 	}
-	for n, want := range states {
-		got, err := r.Replay(n)
+	n := 0
+	for got, err := range r.States() {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if !bytes.Equal(read(t, got), want) {
+		if !bytes.Equal(read(t, got), states[n]) {
 			t.Errorf("the state after %d operations differs", n)
 		}
+		n++
+	}
+	if n != len(states) {
+		t.Errorf("%d states, expected %d", n, len(states))
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"slices"
 	"sync"
 
@@ -72,7 +73,7 @@ type Recorder struct {
 	ops  []Op
 }
 
-// NewRecorder returns a recorder on d. What d holds now is where Replay begins.
+// NewRecorder returns a recorder on d. What d holds now is where States begins.
 func NewRecorder(d blockdev.Device) (*Recorder, error) {
 	base := blockdev.NewMemory(d.Size())
 	if err := copyData(base, d); err != nil {
@@ -105,18 +106,30 @@ func (r *Recorder) Ops() []Op {
 	return slices.Clone(r.ops)
 }
 
-// Replay returns a device as it was after the first n recorded operations.
-func (r *Recorder) Replay(n int) (*blockdev.Memory, error) {
-	m := blockdev.NewMemory(r.base.Size())
-	if err := copyData(m, r.base); err != nil {
-		return nil, err
-	}
-	for _, op := range r.Ops()[:n] {
-		if err := op.Apply(m); err != nil {
-			return nil, fmt.Errorf("replay of %v: %w", op, err)
+// States goes through the states that the device was in: before the first
+// recorded operation and after each. It is one device, which is taken on by
+// one operation between two states, so it is not to be written. An error ends
+// the sequence.
+func (r *Recorder) States() iter.Seq2[*blockdev.Memory, error] {
+	return func(yield func(*blockdev.Memory, error) bool) {
+		m := blockdev.NewMemory(r.base.Size())
+		if err := copyData(m, r.base); err != nil {
+			yield(nil, err)
+			return
+		}
+		if !yield(m, nil) {
+			return
+		}
+		for _, op := range r.Ops() {
+			if err := op.Apply(m); err != nil {
+				yield(nil, fmt.Errorf("replay of %v: %w", op, err))
+				return
+			}
+			if !yield(m, nil) {
+				return
+			}
 		}
 	}
-	return m, nil
 }
 
 // do runs a call and records it if it has succeeded.
