@@ -122,7 +122,7 @@ func (s *shared) openFormat(f *blockdev.File, format string) (blockdev.Reader, e
 	probed := format == ""
 	if probed {
 		var err error
-		if format, err = probe(f); err != nil {
+		if format, err = Probe(f); err != nil {
 			return nil, err
 		}
 	}
@@ -140,8 +140,11 @@ func (s *shared) openFormat(f *blockdev.File, format string) (blockdev.Reader, e
 	return nil, fmt.Errorf("format %q: %w", format, ErrUnsupported)
 }
 
-// probe names the format of an image by its magic number.
-func probe(f io.ReaderAt) (string, error) {
+// Probe names the format of an image by its magic number, in QEMU's word for
+// it; "raw" where there is none that is known. A guest can write what it likes
+// at the beginning of a raw disk: what Probe says of one is what the guest
+// wants it to say.
+func Probe(f io.ReaderAt) (format string, err error) {
 	b := make([]byte, 512)
 	if err := readFull(f, b, 0); err != nil {
 		return "", err

@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -86,19 +85,14 @@ func (img *image) size() int64 {
 	return (img.file.Size() + 511) &^ 511
 }
 
-// probe tells the format of a file by its first bytes: qcow2, or else raw.
+// probe tells the format of a file by its first bytes. A format that qimg does
+// not read is no raw disk either: its size would be taken for the disk's.
 func probe(f *blockdev.File) (string, error) {
-	var b [8]byte
-	if n, err := f.ReadAt(b[:], 0); n < len(b) {
-		if f.Size() >= int64(len(b)) {
-			return "", err
-		}
-		return "raw", nil
+	format, err := qcow2.Probe(f)
+	if err == nil && format != "raw" && format != "qcow2" {
+		err = fmt.Errorf("it is in format %s; qimg reads qcow2 and raw (with -f raw it is taken byte by byte)", format)
 	}
-	if string(b[:4]) == "QFI\xfb" && binary.BigEndian.Uint32(b[4:]) >= 2 {
-		return "qcow2", nil
-	}
-	return "raw", nil
+	return format, err
 }
 
 // couldNotOpen is the message of a command whose image cannot be opened.
