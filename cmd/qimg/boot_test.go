@@ -160,10 +160,7 @@ func bootInitrd(t *testing.T, version, tree string) string {
 		t.Fatal(err)
 	}
 	archive.addFile(t, "bin/busybox", busybox)
-	resize2fs, err := exec.LookPath("resize2fs")
-	if err != nil {
-		resize2fs = "/usr/sbin/resize2fs"
-	}
+	resize2fs := oracle.Path(t, "resize2fs")
 	archive.addProgram(t, resize2fs)
 	lib := filepath.Join("/lib/modules", version)
 	var order strings.Builder

@@ -20,7 +20,7 @@ func TestDependencies(t *testing.T) {
 		"qcow2/blockdev":           {sys},
 		"qcow2/blockdev/blocktest": {blockdev},
 		"qcow2/blockdev/oracle":    {},
-		"qcow2":                    {blockdev, klauspost, sys},
+		"qcow2":                    {blockdev, klauspost},
 		"ext4img":                  {blockdev, sys},
 	}
 	forbidden := []string{"os/exec", "os/signal", "log", "flag", "reflect", "unsafe", "C"}

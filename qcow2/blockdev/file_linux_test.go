@@ -290,7 +290,6 @@ func withFileLimit(t *testing.T, limit uint64, fn func()) {
 // else holds.
 func TestFileBlockDevice(t *testing.T) {
 	oracle.RequireRoot(t)
-	oracle.Require(t, "losetup")
 	img := filepath.Join(t.TempDir(), "img")
 	if err := os.WriteFile(img, make([]byte, 1<<20), 0o666); err != nil {
 		t.Fatal(err)
@@ -320,7 +319,7 @@ func TestFileBlockDevice(t *testing.T) {
 
 // detach is not oracle.Run, whose context is over when a test is cleaned up.
 func detach(t *testing.T, dev string) {
-	if out, err := exec.Command("losetup", "--detach", dev).CombinedOutput(); err != nil {
+	if out, err := exec.Command(oracle.Path(t, "losetup"), "--detach", dev).CombinedOutput(); err != nil {
 		t.Errorf("losetup --detach: %v: %s", err, out)
 	}
 }

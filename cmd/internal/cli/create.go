@@ -23,6 +23,7 @@ type createOptions struct {
 	options       []string
 	noOpen        bool
 	quiet         bool
+	hasBacking    bool // -b was given, maybe with an empty name
 }
 
 func newCreate(host Host) *cobra.Command {
@@ -33,6 +34,7 @@ func newCreate(host Host) *cobra.Command {
 		Example: "  qimg create -f qcow2 disk.qcow2 10G\n" +
 			"  qimg create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2",
 		RunE: func(cmd *cobra.Command, args []string) error {
+			o.hasBacking = cmd.Flags().Changed("backing")
 			return runCreate(cmd.Context(), host, &o, args)
 		},
 	}
@@ -163,7 +165,7 @@ func create(ctx context.Context, host Host, o *createOptions, list, name string,
 	if size != noSize {
 		opts.values["size"] = strconv.FormatUint(size, 10)
 	}
-	if o.backing != "" && opts.set("backing_file", o.backing) != nil {
+	if o.hasBacking && opts.set("backing_file", o.backing) != nil {
 		return messagef("Backing file not supported for file format '%s'", o.format)
 	}
 	if o.backingFormat != "" && opts.set("backing_fmt", o.backingFormat) != nil {

@@ -26,6 +26,18 @@ func Require(t testing.TB, programs ...string) {
 	}
 }
 
+// Path returns where a program is, for a test that runs it itself. It requires
+// the program.
+func Path(t testing.TB, program string) string {
+	t.Helper()
+	Require(t, program)
+	path, err := look(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
 // Missing ends the test because what is not there: it is skipped, or fails
 // under QIMG_REQUIRE_TOOLS=1.
 func Missing(t testing.TB, what string) {
@@ -89,16 +101,11 @@ type Result struct {
 // Run runs a program and returns what it did, whatever its exit status.
 func Run(t testing.TB, program string, args ...string) Result {
 	t.Helper()
-	Require(t, program)
-	path, err := look(program)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.CommandContext(t.Context(), path, args...)
+	cmd := exec.CommandContext(t.Context(), Path(t, program), args...)
 	cmd.Env = append(os.Environ(), "LC_ALL=C", "TZ=UTC")
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	err = cmd.Run()
+	err := cmd.Run()
 	if exit := (*exec.ExitError)(nil); err != nil && !errors.As(err, &exit) {
 		t.Fatalf("%s: %v", program, err)
 	}
