@@ -17,6 +17,10 @@ type CreateOptions struct {
 	// NoSync leaves out the syncs: after a crash of the system the file can be
 	// missing, empty or incomplete.
 	NoSync bool
+	// Stream says that the file is written once, about in order, and not read
+	// back: what is written goes to the disk at once and leaves the page
+	// cache (Linux).
+	Stream bool
 }
 
 // Output is a new file in the making. Until Commit nothing is seen of it under
@@ -67,6 +71,9 @@ func CreateFile(path string, opts *CreateOptions) (*Output, error) {
 	if err := o.open(opts.NoLock); err != nil {
 		o.Abort()
 		return nil, err
+	}
+	if opts.Stream {
+		o.file.behind = &writeBehind{}
 	}
 	return o, nil
 }

@@ -42,6 +42,7 @@ type File struct {
 	size     atomic.Int64
 	closed   atomic.Bool
 	failed   atomic.Pointer[error] // the first failed write or sync
+	behind   *writeBehind          // nil: the page cache does as it likes
 }
 
 // OpenFile opens a regular file or a block device; anything else is refused.
@@ -218,6 +219,9 @@ func (f *File) WriteAt(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	n, err := f.f.WriteAt(p, off)
+	if err == nil && f.behind != nil {
+		err = f.behind.wrote(f.f, off, int64(n))
+	}
 	return n, f.fail(err)
 }
 

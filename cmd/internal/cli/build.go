@@ -116,7 +116,7 @@ func runBuild(ctx context.Context, host Host, o *buildOptions, given func(flag s
 		return err
 	}
 	// An output that cannot be made is found before the source is read.
-	out, err := newFile(d.output)
+	out, err := newFile(d.output, nil)
 	if err != nil {
 		return d.outputError(err)
 	}
@@ -403,7 +403,7 @@ func sizeFlag(n int64) string {
 
 // write makes the output.
 func (d *disk) write(ctx context.Context, layout *ext4img.Layout, progress *term.Progress) error {
-	out, err := newFile(d.output)
+	out, err := newFile(d.output, &blockdev.CreateOptions{Stream: true})
 	if err != nil {
 		return d.outputError(err)
 	}

@@ -224,8 +224,8 @@ func checkBacking(name, backing string, o *createOptions, opts *optionList) erro
 }
 
 // newFile begins a new file, with the errors in qemu-img's words.
-func newFile(path string) (*blockdev.Output, error) {
-	out, err := blockdev.CreateFile(path, nil)
+func newFile(path string, opts *blockdev.CreateOptions) (*blockdev.Output, error) {
+	out, err := blockdev.CreateFile(path, opts)
 	var lock *blockdev.LockError
 	var errno syscall.Errno
 	switch {
@@ -242,7 +242,7 @@ func createRaw(ctx context.Context, path string, opts *optionList) error {
 	if mode != "" && mode != "off" && mode != "falloc" && mode != "full" {
 		return fmt.Errorf("invalid parameter value: %s", mode)
 	}
-	out, err := newFile(path)
+	out, err := newFile(path, nil)
 	if err != nil {
 		return err
 	}
@@ -268,7 +268,7 @@ func createQcow2(ctx context.Context, path string, opts *optionList) (err error)
 	if err != nil {
 		return err
 	}
-	out, err := newFile(path)
+	out, err := newFile(path, nil)
 	if err != nil {
 		return err
 	}
@@ -279,7 +279,7 @@ func createQcow2(ctx context.Context, path string, opts *optionList) (err error)
 		if err != nil {
 			return err
 		}
-		if data, err = newFile(name); err != nil {
+		if data, err = newFile(name, nil); err != nil {
 			return err
 		}
 		defer data.Abort()
