@@ -19,6 +19,13 @@ import (
 // buildDir makes a raw image of a directory, large files copied by the kernel.
 func buildDir(t testing.TB, dir string, so *ext4img.ScanOptions, lo *ext4img.LayoutOptions, wo *ext4img.WriteOptions) string {
 	t.Helper()
+	path := filepath.Join(t.TempDir(), "image")
+	buildTo(t, dir, path, so, lo, wo)
+	return path
+}
+
+func buildTo(t testing.TB, dir, path string, so *ext4img.ScanOptions, lo *ext4img.LayoutOptions, wo *ext4img.WriteOptions) {
+	t.Helper()
 	tree, err := ext4img.Scan(t.Context(), dir, so)
 	if err != nil {
 		t.Fatal(err)
@@ -28,7 +35,6 @@ func buildDir(t testing.TB, dir string, so *ext4img.ScanOptions, lo *ext4img.Lay
 	if err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(t.TempDir(), "image")
 	out, err := blockdev.CreateFile(path, nil)
 	if err != nil {
 		t.Fatal(err)
@@ -43,7 +49,6 @@ func buildDir(t testing.TB, dir string, so *ext4img.ScanOptions, lo *ext4img.Lay
 	if err := out.Commit(); err != nil {
 		t.Fatal(err)
 	}
-	return path
 }
 
 // TestFidelity builds real trees; e2fsck and the kernel find no difference.

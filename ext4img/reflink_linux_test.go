@@ -7,8 +7,6 @@ import (
 	"strings"
 	"testing"
 
-	"qimg/ext4img"
-	"qimg/qcow2/blockdev"
 	"qimg/qcow2/blockdev/oracle"
 )
 
@@ -45,30 +43,8 @@ func TestReflink(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(src, "small"), noise[:5000], 0o644); err != nil {
 		t.Fatal(err)
 	}
-	tree, err := ext4img.Scan(t.Context(), src, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer tree.Close()
-	layout, err := ext4img.NewLayout(t.Context(), tree, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
 	image := filepath.Join(mnt, "image")
-	out, err := blockdev.CreateFile(image, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer out.Abort()
-	if err := out.File().Truncate(layout.Size()); err != nil {
-		t.Fatal(err)
-	}
-	if err := layout.Write(t.Context(), out.File(), nil); err != nil {
-		t.Fatal(err)
-	}
-	if err := out.Commit(); err != nil {
-		t.Fatal(err)
-	}
+	buildTo(t, src, image, nil, nil, nil)
 	oracle.MustRun(t, "e2fsck", "-fn", image)
 	if r := oracle.Run(t, oracle.Tool(t, "ext4-fidelity"), src, image); r.Code != 0 {
 		t.Errorf("%s%s", r.Stdout, r.Stderr)

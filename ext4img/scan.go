@@ -127,7 +127,7 @@ type scanner struct {
 	links   map[fileID]uint32 // inodes that have more than one name
 	sets    map[string]uint32 // xattrSet.key -> inode.xattr
 	exclude []exclusion
-	todo    []dir    // directories to be read, the next one last
+	pending []dir    // directories to be read, the next one last
 	names   []dirent // names of the directory being read, reused
 	buf     []byte   // for holes
 }
@@ -145,14 +145,14 @@ func (s *scanner) run() error {
 	n.links = 2
 	// Directories are read in the order of a walk: what is near in the tree is
 	// near on the disk.
-	for s.todo = []dir{{inode: t.inodes.add(n)}}; len(s.todo) > 0; {
-		d := s.todo[len(s.todo)-1]
-		s.todo = s.todo[:len(s.todo)-1]
-		first := len(s.todo)
+	for s.pending = []dir{{inode: t.inodes.add(n)}}; len(s.pending) > 0; {
+		d := s.pending[len(s.pending)-1]
+		s.pending = s.pending[:len(s.pending)-1]
+		first := len(s.pending)
 		if err := s.readDir(d); err != nil {
 			return err
 		}
-		slices.Reverse(s.todo[first:])
+		slices.Reverse(s.pending[first:])
 	}
 	return nil
 }
@@ -250,7 +250,7 @@ func (s *scanner) entry(src sourceDir, d uint32, rel, name string, e dirent) err
 	switch {
 	case isDir:
 		n.links = 2
-		s.todo = append(s.todo, dir{inode: e.inode, parent: d, entry: uint32(t.entries.len())})
+		s.pending = append(s.pending, dir{inode: e.inode, parent: d, entry: uint32(t.entries.len())})
 		t.inodes.at(t.dirs.at(d).inode).links++
 		if d == 0 && name == "lost+found" {
 			t.lostFound = e.inode
