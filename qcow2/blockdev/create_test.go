@@ -13,8 +13,8 @@ import (
 	"testing"
 
 	"qimg/qcow2/blockdev"
-	"qimg/qcow2/blockdev/oracle"
 	"qimg/qcow2/blockdev/blocktest"
+	"qimg/qcow2/blockdev/oracle"
 )
 
 // create begins a file that holds text.

@@ -11,8 +11,8 @@ import (
 	"testing"
 
 	"qimg/qcow2/blockdev"
-	"qimg/qcow2/blockdev/oracle"
 	"qimg/qcow2/blockdev/blocktest"
+	"qimg/qcow2/blockdev/oracle"
 )
 
 // bare hides every optional method.
