@@ -54,6 +54,36 @@ func TestMemory(t *testing.T) {
 	}
 }
 
+// A clone and its origin pass the suite side by side, and neither sees what the
+// other does.
+func TestMemoryClone(t *testing.T) {
+	for name, pick := range map[string]func(m, clone *blockdev.Memory) (tested, other *blockdev.Memory){
+		"Clone":  func(m, clone *blockdev.Memory) (*blockdev.Memory, *blockdev.Memory) { return clone, m },
+		"Origin": func(m, clone *blockdev.Memory) (*blockdev.Memory, *blockdev.Memory) { return m, clone },
+	} {
+		t.Run(name, func(t *testing.T) {
+			blocktest.TestDevice(t, func(t *testing.T) blockdev.Device {
+				m := blockdev.NewMemory(300_000)
+				fill := bytes.Repeat([]byte{0xee}, 250_000)
+				if _, err := m.WriteAt(fill, 0); err != nil {
+					t.Fatal(err)
+				}
+				tested, other := pick(m, m.Clone())
+				t.Cleanup(func() {
+					got := make([]byte, 300_000)
+					if n, err := other.ReadAt(got, 0); n != len(got) || other.Size() != 300_000 {
+						t.Fatalf("%d bytes of %d: %v", n, other.Size(), err)
+					}
+					if !bytes.Equal(got, append(fill, make([]byte, 50_000)...)) {
+						t.Error("the other device has changed")
+					}
+				})
+				return tested
+			})
+		})
+	}
+}
+
 func TestSection(t *testing.T) {
 	for name, parent := range map[string]func(t *testing.T) blockdev.Device{
 		"Memory":  func(t *testing.T) blockdev.Device { return blockdev.NewMemory(1 << 20) },

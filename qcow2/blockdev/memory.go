@@ -21,8 +21,9 @@ type Memory struct {
 }
 
 type chunk struct {
-	index int64
-	data  *[memoryChunk]byte
+	index  int64
+	data   *[memoryChunk]byte
+	shared bool // with a clone: to be copied before it is changed
 }
 
 // NewMemory returns a device of size bytes that reads as zeroes. It panics on
@@ -32,6 +33,28 @@ func NewMemory(size int64) *Memory {
 		panic(fmt.Sprintf("blockdev: internal error: memory device of %d bytes", size))
 	}
 	return &Memory{size: size}
+}
+
+// Clone returns a device of the same content. The two share what was written
+// until one of them changes it, so a clone is made in time and space that
+// depend on the number of chunks alone.
+func (m *Memory) Clone() *Memory {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for i := range m.chunks {
+		m.chunks[i].shared = true
+	}
+	return &Memory{size: m.size, chunks: slices.Clone(m.chunks)}
+}
+
+// own makes chunk i one that can be changed.
+func (m *Memory) own(i int) *[memoryChunk]byte {
+	c := &m.chunks[i]
+	if c.shared {
+		data := *c.data
+		c.data, c.shared = &data, false
+	}
+	return c.data
 }
 
 // Size returns the size in bytes.
@@ -81,9 +104,9 @@ func (m *Memory) WriteAt(p []byte, off int64) (int, error) {
 		index, in := (off+int64(done))/memoryChunk, (off+int64(done))%memoryChunk
 		i, ok := m.find(index)
 		if !ok {
-			m.chunks = slices.Insert(m.chunks, i, chunk{index, new([memoryChunk]byte)})
+			m.chunks = slices.Insert(m.chunks, i, chunk{index: index, data: new([memoryChunk]byte)})
 		}
-		done += copy(m.chunks[i].data[in:], p[done:])
+		done += copy(m.own(i)[in:], p[done:])
 	}
 	return len(p), nil
 }
@@ -123,16 +146,16 @@ func (m *Memory) Discard(off, n int64) error { return m.WriteZeroes(off, n) }
 func (m *Memory) zero(off, end int64) {
 	first, _ := m.find(off / memoryChunk)
 	keep := first
-	for _, c := range m.chunks[first:] {
-		start := c.index * memoryChunk
+	for i := first; i < len(m.chunks); i++ {
+		start := m.chunks[i].index * memoryChunk
 		lo, hi := max(off-start, 0), min(end-start, memoryChunk)
 		if lo == 0 && hi == memoryChunk {
 			continue
 		}
 		if lo < hi {
-			clear(c.data[lo:hi])
+			clear(m.own(i)[lo:hi])
 		}
-		m.chunks[keep] = c
+		m.chunks[keep] = m.chunks[i]
 		keep++
 	}
 	clear(m.chunks[keep:])

@@ -66,20 +66,80 @@ func (o Op) Apply(m *blockdev.Memory) error {
 // that change or sync it, in the order in which they were done. It is safe for
 // concurrent use. It is no RangeCopier, so that every byte is seen, and no
 // Allocator.
+//
+// To test what a crash leaves behind, run the work on a recorder, note what
+// has to be safe once a sync has returned, and look at every state:
+//
+//	r, err := blocktest.NewRecorder(dev)
+//	...
+//	work(r) // calls r.Mark(model) when its sync has returned
+//	for state, err := range r.CrashStates(nil) {
+//		if err != nil {
+//			t.Fatal(err)
+//		}
+//		if err := verify(state.Dev(), state.Mark); err != nil {
+//			t.Fatalf("%v\n%v", err, state)
+//		}
+//	}
 type Recorder struct {
-	mu   sync.Mutex
-	d    blockdev.Device
-	base *blockdev.Memory
-	ops  []Op
+	d   blockdev.Device
+	dev int // number of the device in the log
+	log *oplog
 }
 
-// NewRecorder returns a recorder on d. What d holds now is where States begins.
+// oplog is what the recorders of one crash have in common.
+type oplog struct {
+	mu    sync.Mutex
+	bases []*blockdev.Memory // what the devices held first
+	ops   []loggedOp
+	marks []logMark
+}
+
+type loggedOp struct {
+	Op
+	dev int
+}
+
+// logMark is a value that was noted after so many operations.
+type logMark struct {
+	after int
+	value any
+}
+
+// NewRecorder returns a recorder on d. What d holds now is where States and
+// CrashStates begin.
 func NewRecorder(d blockdev.Device) (*Recorder, error) {
-	base := blockdev.NewMemory(d.Size())
-	if err := copyData(base, d); err != nil {
-		return nil, err
+	return newRecorder(d, &oplog{})
+}
+
+// Beside returns a recorder on a second device, whose operations are recorded
+// in one order with those of r. A Sync is that of one device alone.
+func (r *Recorder) Beside(d blockdev.Device) (*Recorder, error) {
+	return newRecorder(d, r.log)
+}
+
+func newRecorder(d blockdev.Device, l *oplog) (*Recorder, error) {
+	base, ok := d.(*blockdev.Memory)
+	if ok {
+		base = base.Clone()
+	} else {
+		base = blockdev.NewMemory(d.Size())
+		if err := copyData(base, d); err != nil {
+			return nil, err
+		}
 	}
-	return &Recorder{d: d, base: base}, nil
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.bases = append(l.bases, base)
+	return &Recorder{d, len(l.bases) - 1, l}, nil
+}
+
+// Mark notes a value that belongs to what was recorded so far: what has to be
+// there after a crash from now on. Values are compared with ==.
+func (r *Recorder) Mark(value any) {
+	r.log.mu.Lock()
+	defer r.log.mu.Unlock()
+	r.log.marks = append(r.log.marks, logMark{len(r.log.ops), value})
 }
 
 // copyData copies all that does not read as zeroes.
@@ -99,11 +159,27 @@ func copyData(dst *blockdev.Memory, src blockdev.Reader) error {
 	return nil
 }
 
-// Ops returns what was recorded.
+// readAll fills p from off; what lies behind the end is zeroes.
+func readAll(r blockdev.Reader, p []byte, off int64) error {
+	n, err := r.ReadAt(p, off)
+	if err != nil && err != io.EOF {
+		return err
+	}
+	clear(p[n:])
+	return nil
+}
+
+// Ops returns what was recorded of the device.
 func (r *Recorder) Ops() []Op {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return slices.Clone(r.ops)
+	r.log.mu.Lock()
+	defer r.log.mu.Unlock()
+	var ops []Op
+	for _, op := range r.log.ops {
+		if op.dev == r.dev {
+			ops = append(ops, op.Op)
+		}
+	}
+	return ops
 }
 
 // States goes through the states that the device was in: before the first
@@ -112,11 +188,9 @@ func (r *Recorder) Ops() []Op {
 // the sequence.
 func (r *Recorder) States() iter.Seq2[*blockdev.Memory, error] {
 	return func(yield func(*blockdev.Memory, error) bool) {
-		m := blockdev.NewMemory(r.base.Size())
-		if err := copyData(m, r.base); err != nil {
-			yield(nil, err)
-			return
-		}
+		r.log.mu.Lock()
+		m := r.log.bases[r.dev].Clone()
+		r.log.mu.Unlock()
 		if !yield(m, nil) {
 			return
 		}
@@ -134,11 +208,11 @@ func (r *Recorder) States() iter.Seq2[*blockdev.Memory, error] {
 
 // do runs a call and records it if it has succeeded.
 func (r *Recorder) do(op Op, call func() error) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	r.log.mu.Lock()
+	defer r.log.mu.Unlock()
 	err := call()
 	if err == nil {
-		r.ops = append(r.ops, op)
+		r.log.ops = append(r.log.ops, loggedOp{op, r.dev})
 	}
 	return err
 }
@@ -157,11 +231,11 @@ func (r *Recorder) NextExtent(off int64) (blockdev.Extent, error) {
 // WriteAt writes to the device. Of a write that fails the part that was
 // written is recorded.
 func (r *Recorder) WriteAt(p []byte, off int64) (n int, err error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	r.log.mu.Lock()
+	defer r.log.mu.Unlock()
 	n, err = r.d.WriteAt(p, off)
 	if n > 0 {
-		r.ops = append(r.ops, Op{Write, off, int64(n), slices.Clone(p[:n])})
+		r.log.ops = append(r.log.ops, loggedOp{Op{Write, off, int64(n), slices.Clone(p[:n])}, r.dev})
 	}
 	return n, err
 }
