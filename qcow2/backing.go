@@ -70,7 +70,7 @@ func (im *Image) openBacking() error {
 		return fmt.Errorf("qcow2: backing file: %w", err)
 	}
 	im.backingName = f.Name()
-	dev, err := im.shared.openFormat(f, ref.format)
+	dev, err := im.shared.openFormat(f, ref)
 	if err != nil {
 		f.Close()
 		return im.inBacking(err)
@@ -118,7 +118,8 @@ func (im *Image) inBacking(err error) error {
 // it names none the format is that of the magic number, and raw only if there
 // is none, as in QEMU. An image whose format was found so leads to no other
 // file: a guest can write what makes a raw image look like one.
-func (s *shared) openFormat(f *blockdev.File, format string) (blockdev.Reader, error) {
+func (s *shared) openFormat(f *blockdev.File, ref reference) (blockdev.Reader, error) {
+	format := ref.format
 	probed := format == ""
 	if probed {
 		var err error
@@ -128,7 +129,7 @@ func (s *shared) openFormat(f *blockdev.File, format string) (blockdev.Reader, e
 	}
 	switch {
 	case format == "qcow2":
-		return s.open(f, probed)
+		return s.open(f, ref, probed)
 	case format == "raw" || format == "file":
 		return f, s.enter(f)
 	case s.opts.OpenFormat != nil:
@@ -180,6 +181,8 @@ type reference struct {
 	// asIs: a relative path is relative to the working directory, not to the
 	// image. QEMU takes names with a protocol so.
 	asIs bool
+	// keySecret is the id of the passphrase that the name gives, or "".
+	keySecret string
 }
 
 // parseReference reads the name of a file as QEMU does: a path, file:PATH, or
@@ -216,6 +219,9 @@ func parseJSONReference(s string) (reference, error) {
 				return r, fmt.Errorf("qcow2: json:%s: two file names: %w", s, ErrBacking)
 			}
 			r.path = value
+		case "encrypt.key-secret":
+			r.keySecret = value
+		case "encrypt.format": // the header says it
 		case "file.driver":
 			if value != "file" {
 				return r, fmt.Errorf("qcow2: json:%s: file driver %q: %w", s, value, ErrUnsupported)

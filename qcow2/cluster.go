@@ -230,7 +230,13 @@ func (im *Image) readRun(p []byte, off int64, r run) error {
 		if im.data == nil {
 			return im.noFile("external data file", im.header.DataFile())
 		}
-		if err := readFull(im.data, p, r.host); err != nil {
+		var err error
+		if im.crypt != nil {
+			err = im.readSectors(p, off, r.host)
+		} else {
+			err = readFull(im.data, p, r.host)
+		}
+		if err != nil {
 			return fmt.Errorf("qcow2: guest offset %#x: %w", off, err)
 		}
 	case runCompressed:

@@ -9,9 +9,11 @@
 // refcounts of 1 to 64 bits, zero clusters, compressed clusters (zlib, zstd),
 // extended L2 entries, external data files, backing files (qcow2 and raw, json:
 // names), internal snapshots, and the bitmap directory. Images with the dirty
-// or the corrupt bit are read. Encrypted images (legacy AES, LUKS) are opened
-// and checked, but their guest data is refused with ErrEncrypted. Unknown
-// incompatible features are refused by name.
+// or the corrupt bit are read. Encrypted images (legacy AES, LUKS
+// version 1 with AES) are opened and checked, and read with the passphrase that
+// OpenOptions.Secret gives; without it their guest data is refused with
+// ErrEncrypted. Other ciphers than AES are refused by name, and so are unknown
+// incompatible features.
 //
 // An image can name other files, its backing file and its data file. They are
 // opened only with BackingFollow, which is for images whose names can be

@@ -14,9 +14,12 @@ var (
 	ErrCorrupt = errors.New("image is corrupt")
 	// ErrUnsupported: the image uses something that this package does not know.
 	ErrUnsupported = errors.New("unsupported feature")
-	// ErrEncrypted: guest data of an encrypted image was asked for. It
-	// matches ErrUnsupported too.
+	// ErrEncrypted: guest data of an encrypted image was asked for, and
+	// OpenOptions.Secret gave no passphrase. It matches ErrUnsupported too.
 	ErrEncrypted = fmt.Errorf("image is encrypted: %w", ErrUnsupported)
+	// ErrPassphrase: the passphrase fits none of the key slots of a LUKS
+	// header.
+	ErrPassphrase = errors.New("wrong passphrase")
 	// ErrLimit: a size in the image is larger than the limit that QEMU and
 	// this package set.
 	ErrLimit = errors.New("limit exceeded")

@@ -187,8 +187,9 @@ func TestParseReference(t *testing.T) {
 		"dir/base.qcow2": {path: "dir/base.qcow2"},
 		"./a:b":          {path: "./a:b"},
 		"file:base":      {path: "base", asIs: true},
-		`json:{"driver":"qcow2","file":{"driver":"file","filename":"b"}}`: {"b", "qcow2", true},
-		`json:{"driver":"raw","file.filename":"/b"}`:                      {"/b", "raw", true},
+		`json:{"driver":"qcow2","file":{"driver":"file","filename":"b"}}`:                          {path: "b", format: "qcow2", asIs: true},
+		`json:{"driver":"raw","file.filename":"/b"}`:                                               {path: "/b", format: "raw", asIs: true},
+		`json:{"driver":"qcow2","encrypt":{"key-secret":"s","format":"luks"},"file.filename":"b"}`: {path: "b", format: "qcow2", asIs: true, keySecret: "s"},
 	} {
 		if got, err := parseReference(name); err != nil || got != want {
 			t.Errorf("%s: %+v %v", name, got, err)

@@ -46,10 +46,26 @@ type OpenOptions struct {
 	// CacheSize bounds the L2 tables kept in memory for the whole chain, in
 	// bytes. 0 means 32 MiB.
 	CacheSize int64
+	// Secret, if set, gives the passphrase of an encrypted image. It is called
+	// when one is opened, so once for each encrypted image of a chain. Nil, and
+	// a nil passphrase, leave the guest data locked: reading it is
+	// ErrEncrypted. A passphrase that does not fit makes opening fail with
+	// ErrPassphrase; that of legacy AES cannot be checked. The time that LUKS
+	// takes by design grows with the iterations that the image names, up to
+	// the limit of about a minute.
+	Secret func(SecretRequest) ([]byte, error)
 	// OpenFormat, if set, opens backing files of formats other than qcow2 and
 	// raw. If it succeeds the reader takes over f: where it is an io.Closer,
 	// its Close has to close f, unless it is an *Image.
 	OpenFormat func(f *blockdev.File, format string) (blockdev.Reader, error)
+}
+
+// SecretRequest says of which image a passphrase is wanted.
+type SecretRequest struct {
+	File  string // path of the image; "" if it does not lie in a file
+	Depth int    // 0: the image that is opened, 1: its backing file, and so on
+	// ID is what the json: name of a backing file has as encrypt.key-secret.
+	ID string
 }
 
 const defaultCacheSize = 32 << 20
@@ -69,7 +85,8 @@ type Image struct {
 	probed bool
 
 	shared  *shared
-	id      int // of this image in the chain
+	id      int    // of this image in the chain
+	crypt   *crypt // nil: not encrypted, or locked
 	closers []io.Closer
 	closed  atomic.Bool
 
@@ -101,7 +118,7 @@ func Open(path string, opts *OpenOptions) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	im, err := s.open(f, false)
+	im, err := s.open(f, reference{}, false)
 	if err != nil {
 		f.Close()
 		return nil, err
@@ -114,7 +131,7 @@ func Open(path string, opts *OpenOptions) (*Image, error) {
 // for where dev lies if it is a *blockdev.File, and cannot be opened
 // otherwise. Close does not close dev.
 func New(dev blockdev.Reader, opts *OpenOptions) (*Image, error) {
-	return newShared(opts).open(dev, false)
+	return newShared(opts).open(dev, reference{}, false)
 }
 
 func newShared(opts *OpenOptions) *shared {
@@ -134,9 +151,10 @@ func (s *shared) openFile(path string) (*blockdev.File, error) {
 	return blockdev.OpenFile(path, &blockdev.FileOptions{ForceShare: s.opts.ForceShare, NoLock: s.opts.NoLock})
 }
 
-// open opens the next image of the chain. On error it closes what it opened,
+// open opens the next image of the chain, which the one above names by ref. On
+// error it closes what it opened,
 // not dev.
-func (s *shared) open(dev blockdev.Reader, probed bool) (*Image, error) {
+func (s *shared) open(dev blockdev.Reader, ref reference, probed bool) (*Image, error) {
 	im := &Image{dev: dev, shared: s, id: len(s.files), probed: probed}
 	if err := s.enter(dev); err != nil {
 		return nil, err
@@ -162,6 +180,9 @@ func (s *shared) open(dev blockdev.Reader, probed bool) (*Image, error) {
 	}
 	if im.l1, err = readTable(dev, im.l1Off, int64(l1Size)*l1EntrySize); err != nil {
 		return nil, fmt.Errorf("qcow2: l1 table at %#x: %w", im.l1Off, err)
+	}
+	if err = im.unlock(ref.keySecret); err != nil {
+		return nil, err
 	}
 	if err = im.openDataFile(); err == nil {
 		err = im.openBacking()
@@ -268,7 +289,7 @@ func (im *Image) readable() error {
 	if im.closed.Load() {
 		return fmt.Errorf("qcow2: read: %w", os.ErrClosed)
 	}
-	if m := im.header.CryptMethod; m != CryptNone {
+	if m := im.header.CryptMethod; m != CryptNone && im.crypt == nil {
 		return fmt.Errorf("qcow2: crypt_method %s: %w", m, ErrEncrypted)
 	}
 	return nil

@@ -31,6 +31,15 @@ const (
 	// of LUKS takes 2 MiB, and a check counts all its clusters.
 	maxCryptoSize = 16 << 20
 
+	maxLUKSKeySize = 64 // bytes of a master key: that of AES-256-XTS
+
+	// maxKeyWork is this package's own: hashes that PBKDF2 may take to open an
+	// image, all its key slots together, counted as iterations times the
+	// hashes that the length of the key needs. A slot that needs more than is
+	// left is refused. It is half a minute with sha256 and two with sha512;
+	// QEMU and cryptsetup choose what took themselves two seconds for a slot.
+	maxKeyWork = 1 << 27
+
 	// maxChain is this package's own: images in a backing chain.
 	maxChain = 200
 

@@ -136,9 +136,16 @@ func digests(t *testing.T, im *qcow2.Image, size int64) (full, sparse string) {
 	return full, hex.EncodeToString(h.Sum(nil))
 }
 
+// unlocked opens images with a passphrase.
+func unlocked(passphrase string) *qcow2.OpenOptions {
+	o := follow()
+	o.Secret = func(qcow2.SecretRequest) ([]byte, error) { return []byte(passphrase), nil }
+	return o
+}
+
 func TestZooRead(t *testing.T) {
 	zoo(t, func(t *testing.T, path string, want expected) {
-		im, err := qcow2.Open(path, follow())
+		im, err := qcow2.Open(path, unlocked(want.Secret))
 		if !want.OpenOK {
 			if err == nil {
 				_, err = io.Copy(io.Discard, io.NewSectionReader(im, 0, im.Size()))
@@ -157,12 +164,6 @@ func TestZooRead(t *testing.T) {
 		if im.Size() != *want.Size {
 			t.Errorf("size %d, expected %d", im.Size(), *want.Size)
 		}
-		if want.Secret != "" {
-			if _, err := im.ReadAt(make([]byte, 512), 0); !errors.Is(err, qcow2.ErrEncrypted) {
-				t.Fatalf("read of an encrypted image: %v", err)
-			}
-			return
-		}
 		full, sparse := digests(t, im, im.Size())
 		if want.SHA256 != nil && full != *want.SHA256 {
 			t.Errorf("content has sha256 %s, expected %s", full, *want.SHA256)
@@ -175,7 +176,7 @@ func TestZooRead(t *testing.T) {
 
 func TestZooSnapshots(t *testing.T) {
 	zoo(t, func(t *testing.T, path string, want expected) {
-		if len(want.Snapshots) == 0 || want.Secret != "" {
+		if len(want.Snapshots) == 0 {
 			return
 		}
 		active, err := qcow2.Open(path, follow())
@@ -202,7 +203,9 @@ func TestZooSnapshots(t *testing.T) {
 				if key == sn.Name && slices.ContainsFunc(want.Snapshots, func(s snapshotWant) bool { return s.ID == key && s.ID != sn.ID }) {
 					continue // the name is the id of another, which goes first
 				}
-				im, err := qcow2.Open(path, &qcow2.OpenOptions{Backing: qcow2.BackingFollow, Snapshot: key})
+				opts := unlocked(want.Secret)
+				opts.Snapshot = key
+				im, err := qcow2.Open(path, opts)
 				if err != nil {
 					t.Fatal(err)
 				}

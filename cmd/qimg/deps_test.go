@@ -16,11 +16,12 @@ import (
 // nothing imports it.
 func TestDependencies(t *testing.T) {
 	const klauspost, sys, blockdev = "github.com/klauspost/compress", "golang.org/x/sys", "qimg/qcow2/blockdev"
+	const xcrypto = "golang.org/x/crypto"
 	allowed := map[string][]string{
 		"qcow2/blockdev":           {sys},
 		"qcow2/blockdev/blocktest": {blockdev},
 		"qcow2/blockdev/oracle":    {},
-		"qcow2":                    {blockdev, klauspost},
+		"qcow2":                    {blockdev, klauspost, xcrypto},
 		"ext4img":                  {blockdev, sys},
 	}
 	forbidden := []string{"os/exec", "os/signal", "log", "flag", "reflect", "unsafe", "C"}
