@@ -37,7 +37,7 @@ func (im *Image) openDataFile() error {
 	if ref.format != "" && ref.format != "raw" && ref.format != "file" {
 		return fmt.Errorf("qcow2: external data file %q: format %q, expected raw: %w", name, ref.format, ErrUnsupported)
 	}
-	f, err := im.openReference(ref)
+	f, err := im.openReference(ref, im.writes())
 	if err != nil {
 		return fmt.Errorf("qcow2: external data file: %w", err)
 	}
@@ -65,7 +65,7 @@ func (im *Image) openBacking() error {
 	if ref.format == "" {
 		ref.format = im.header.BackingFormat()
 	}
-	f, err := im.openReference(ref)
+	f, err := im.openReference(ref, false)
 	if err != nil {
 		return fmt.Errorf("qcow2: backing file: %w", err)
 	}
@@ -259,7 +259,7 @@ func flatten(flat map[string]string, prefix string, options map[string]any) erro
 
 // openReference opens a file that the image names, relative to the folder that
 // the image lies in.
-func (im *Image) openReference(r reference) (*blockdev.File, error) {
+func (im *Image) openReference(r reference, write bool) (*blockdev.File, error) {
 	if !r.asIs && !filepath.IsAbs(r.path) {
 		f, ok := im.dev.(*blockdev.File)
 		if !ok {
@@ -267,5 +267,5 @@ func (im *Image) openReference(r reference) (*blockdev.File, error) {
 		}
 		r.path = filepath.Join(filepath.Dir(f.Name()), r.path)
 	}
-	return im.shared.openFile(r.path)
+	return im.shared.openFile(r.path, write)
 }

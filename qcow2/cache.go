@@ -14,7 +14,8 @@ type tableKey struct {
 const cacheShards = 8
 
 // tableCache keeps the parts of tables used last, within a bound of bytes.
-// What it holds is never changed.
+// What it holds is changed only by an image that is open for writing, of its own
+// tables, while nobody else looks at them.
 type tableCache struct {
 	shards [cacheShards]cacheShard
 }
@@ -70,6 +71,35 @@ func (c *tableCache) put(k tableKey, b []byte) {
 		old := s.lru.Remove(s.lru.Back()).(cacheItem)
 		delete(s.items, old.key)
 		s.size -= int64(len(old.b))
+	}
+}
+
+// set puts b in the place of what is there.
+func (c *tableCache) set(k tableKey, b []byte) {
+	s := c.shard(k)
+	s.mu.Lock()
+	if e := s.items[k]; e != nil {
+		s.size -= int64(len(e.Value.(cacheItem).b))
+		s.lru.Remove(e)
+		delete(s.items, k)
+	}
+	s.mu.Unlock()
+	c.put(k, b)
+}
+
+// forget drops everything of an image.
+func (c *tableCache) forget(image int) {
+	for i := range c.shards {
+		s := &c.shards[i]
+		s.mu.Lock()
+		for k, e := range s.items {
+			if k.image == image {
+				s.size -= int64(len(e.Value.(cacheItem).b))
+				s.lru.Remove(e)
+				delete(s.items, k)
+			}
+		}
+		s.mu.Unlock()
 	}
 }
 

@@ -209,7 +209,17 @@ type checker struct {
 // each entry of the active L2 tables.
 //
 // An error means that the check did not come to its end.
+//
+// An image that is open for writing is flushed first, and cannot be used
+// meanwhile.
 func (im *Image) Check(ctx context.Context, opts *CheckOptions) (CheckResult, error) {
+	if im.w != nil {
+		im.mu.Lock()
+		defer im.mu.Unlock()
+		if err := im.flush(); err != nil {
+			return CheckResult{}, im.fail(err)
+		}
+	}
 	c := &checker{ctx: ctx, im: im, fileSz: im.dev.Size()}
 	if opts != nil {
 		c.opts = *opts

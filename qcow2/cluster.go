@@ -40,6 +40,11 @@ func (im *Image) sliceSize() int64 { return min(im.geo.clusterSize, maxSlice) }
 
 // slice returns the part of a table at off, an offset aligned to sliceSize.
 func (im *Image) slice(off int64) ([]byte, error) {
+	if im.w != nil {
+		if d := im.w.dirty[off]; d != nil {
+			return d.b, nil
+		}
+	}
 	key := tableKey{im.id, off}
 	if b := im.shared.tables.get(key); b != nil {
 		return b, nil
@@ -66,7 +71,7 @@ func (im *Image) lookup(off, limit int64) (run, error) {
 		return run{}, &FormatError{"l1 entry", im.l1Off + index*l1EntrySize, "l2 table offset",
 			fmt.Sprintf("%#x not aligned to %#x", l2Off, g.clusterSize), ErrCorrupt}
 	}
-	if l2Off >= im.dev.Size() { // zeroes
+	if l2Off >= im.dev.Size() && im.w == nil { // zeroes
 		return run{runUnallocated, min(limit, (index+1)<<g.l2Coverage()-off), -1, 0}, nil
 	}
 	inTable := (off >> g.clusterBits & (1<<g.l2Bits - 1)) * g.l2EntrySize
@@ -115,16 +120,17 @@ func (im *Image) holeEnd(off, limit int64) int64 {
 		}
 		start, i = h.start, h.end>>s
 	}
-	for n := int64(len(im.l1) / l1EntrySize); i<<s-off < limit; i++ {
+	n := int64(len(im.l1) / l1EntrySize)
+	for ; i<<s-off < limit; i++ {
 		if i >= n {
-			i = (im.size-1)>>s + 1 // the rest of the table is empty
+			i = max((im.size-1)>>s+1, n) // the rest of the table is empty
 			break
 		}
 		if im.l1Entry(i)&l1OffsetMask != 0 {
 			break
 		}
 	}
-	end := min(i<<s, im.size)
+	end := min(i<<s, max(im.size, n<<s))
 	if !known || end > h.end {
 		im.hole.Store(&hole{start, end})
 	}
@@ -192,6 +198,10 @@ func (im *Image) classify(b []byte, off int64) (run, *FormatError) {
 // ReadAt implements io.ReaderAt on what the guest sees. Guest clusters beyond
 // the end of the image file read as zeroes, as in QEMU.
 func (im *Image) ReadAt(p []byte, off int64) (int, error) {
+	if im.w != nil {
+		im.mu.RLock()
+		defer im.mu.RUnlock()
+	}
 	if err := im.readable(); err != nil {
 		return 0, err
 	}

@@ -20,6 +20,7 @@ const maxPieces = 4096
 // and encrypted data. Zero and Unallocated extents can have one too: space
 // that is kept. Bytes of Host beyond its end count as zeroes.
 func (im *Image) NextExtent(off int64) (blockdev.Extent, error) {
+	defer im.rlock()()
 	if im.closed.Load() {
 		return blockdev.Extent{}, fmt.Errorf("qcow2: next extent: %w", os.ErrClosed)
 	}

@@ -36,6 +36,11 @@ const (
 // the lock of a reader, and without other files, so that an image that needs
 // some is refused.
 type OpenOptions struct {
+	// Write opens the image, and its external data file, for reading and
+	// writing, with the lock of a writer; backing files are opened for reading
+	// as ever. An image that has its corrupt bit set is refused, and one that
+	// has its dirty bit set is repaired.
+	Write bool
 	// ForceShare and NoLock are those of blockdev.FileOptions, for all files.
 	ForceShare, NoLock bool
 	// Backing says whether other files are opened, in the whole chain.
@@ -70,11 +75,20 @@ type SecretRequest struct {
 
 const defaultCacheSize = 32 << 20
 
-// Image is a qcow2 image that is read, with its backing chain. It is a
-// blockdev.Reader and blockdev.ExtentReader of what the guest sees.
+// Image is a qcow2 image with its backing chain. It is a blockdev.Reader and
+// blockdev.ExtentReader of what the guest sees, and a blockdev.Device if it was
+// opened for writing.
 //
-// All methods but Close are safe for concurrent use.
+// All methods but Close are safe for concurrent use; those that change the
+// image wait for each other.
+//
+// After a failed write an image can only be read, and says why.
 type Image struct {
+	// mu guards all that changes, in an image that is open for writing: w is
+	// nil in others, and mu unused.
+	mu sync.RWMutex
+	w  *writeState
+
 	dev     blockdev.Reader // the image file
 	data    blockdev.Reader // where guest clusters lie; nil if it is not opened
 	backing blockdev.Reader // nil if there is none or it is not opened
@@ -114,7 +128,7 @@ type shared struct {
 // opts.Backing says. The image may have its dirty or its corrupt bit set.
 func Open(path string, opts *OpenOptions) (*Image, error) {
 	s := newShared(opts)
-	f, err := s.openFile(path)
+	f, err := s.openFile(path, s.opts.Write)
 	if err != nil {
 		return nil, err
 	}
@@ -127,7 +141,8 @@ func Open(path string, opts *OpenOptions) (*Image, error) {
 	return im, nil
 }
 
-// New opens an image that lies in dev, as Open does. Other files are looked
+// New opens an image that lies in dev, as Open does. With opts.Write dev has to
+// be a blockdev.Device, and a blockdev.Truncater for the image to grow. Other files are looked
 // for where dev lies if it is a *blockdev.File, and cannot be opened
 // otherwise. Close does not close dev.
 func New(dev blockdev.Reader, opts *OpenOptions) (*Image, error) {
@@ -147,8 +162,8 @@ func newShared(opts *OpenOptions) *shared {
 	return s
 }
 
-func (s *shared) openFile(path string) (*blockdev.File, error) {
-	return blockdev.OpenFile(path, &blockdev.FileOptions{ForceShare: s.opts.ForceShare, NoLock: s.opts.NoLock})
+func (s *shared) openFile(path string, write bool) (*blockdev.File, error) {
+	return blockdev.OpenFile(path, &blockdev.FileOptions{Write: write, ForceShare: s.opts.ForceShare, NoLock: s.opts.NoLock})
 }
 
 // open opens the next image of the chain, which the one above names by ref. On
@@ -187,12 +202,18 @@ func (s *shared) open(dev blockdev.Reader, ref reference, probed bool) (*Image, 
 	if err = im.openDataFile(); err == nil {
 		err = im.openBacking()
 	}
+	if err == nil && im.writes() {
+		err = im.openWrite()
+	}
 	if err != nil {
 		im.closeAll()
 		return nil, err
 	}
 	return im, nil
 }
+
+// writes reports whether this image of the chain is opened for writing.
+func (im *Image) writes() bool { return im.id == 0 && im.shared.opts.Write }
 
 // enter notes the file of an image and refuses one that is in the chain
 // already.
@@ -255,25 +276,62 @@ func (im *Image) useSnapshot(sn *Snapshot) error {
 
 // Size returns the virtual size in bytes, a multiple of 512: that of the
 // snapshot if one is read.
-func (im *Image) Size() int64 { return im.size }
+func (im *Image) Size() int64 {
+	defer im.rlock()()
+	return im.size
+}
 
 // Header returns the header. Its slices are shared and not to be changed.
-func (im *Image) Header() Header { return im.header }
+func (im *Image) Header() Header {
+	defer im.rlock()()
+	return im.header
+}
 
 // Snapshots returns the snapshot table. It is shared and not to be changed.
-func (im *Image) Snapshots() []Snapshot { return im.snapshots }
+func (im *Image) Snapshots() []Snapshot {
+	defer im.rlock()()
+	return im.snapshots
+}
+
+// rlock keeps an image that is open for writing as it is, until the func that
+// it returns is called.
+func (im *Image) rlock() (unlock func()) {
+	if im.w == nil {
+		return func() {}
+	}
+	im.mu.RLock()
+	return im.mu.RUnlock
+}
 
 // Backing returns the backing file as it was opened, an *Image if it is qcow2;
 // nil if there is none or it was not opened.
 func (im *Image) Backing() blockdev.Reader { return im.backing }
 
-// Close closes all files that were opened for the image. Reading afterwards is
-// an error that matches os.ErrClosed.
+// Close closes all files that were opened for the image. Of an image that is
+// open for writing it writes first, and syncs, what has not been written yet;
+// the error tells if that failed, or if any change failed before. Afterwards
+// every method returns an error that matches os.ErrClosed.
 func (im *Image) Close() error {
+	var err error
+	if im.w != nil {
+		im.mu.Lock()
+		defer im.mu.Unlock()
+		if !im.closed.Load() {
+			err = im.finish()
+		}
+	}
 	if im.closed.Swap(true) {
 		return fmt.Errorf("qcow2: close: %w", os.ErrClosed)
 	}
-	return im.closeAll()
+	return errors.Join(err, im.closeAll())
+}
+
+// finish writes all that is left to be written.
+func (im *Image) finish() error {
+	if im.w.err != nil {
+		return im.w.err
+	}
+	return im.fail(im.flush())
 }
 
 func (im *Image) closeAll() error {

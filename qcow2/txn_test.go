@@ -1,0 +1,149 @@
+package qcow2
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"testing"
+
+	"qimg/qcow2/blockdev"
+)
+
+// newWritable returns an image in memory that is open for writing, and its
+// device.
+func newWritable(t *testing.T, size int64, o FormatOptions) (*Image, *blockdev.Memory) {
+	t.Helper()
+	d := blockdev.NewMemory(0)
+	if err := Create(t.Context(), d, size, &CreateOptions{FormatOptions: o}); err != nil {
+		t.Fatal(err)
+	}
+	im, err := New(d, &OpenOptions{Write: true, Backing: BackingIgnore})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return im, d
+}
+
+func mustBeClean(t *testing.T, d blockdev.Reader) {
+	t.Helper()
+	im, err := New(d, &OpenOptions{Backing: BackingIgnore})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := im.Check(t.Context(), &CheckOptions{Found: func(f Finding) { t.Errorf("check: %v", f) }}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A transaction that shares all tables with a snapshot, made of its parts.
+func TestTxn(t *testing.T) {
+	for _, o := range []FormatOptions{{ClusterSize: 512}, {ClusterSize: 4096, RefcountBits: 64}, {ClusterSize: 16384, ExtendedL2: true}, {}} {
+		t.Run(fmt.Sprintf("%+v", o), func(t *testing.T) {
+			im, d := newWritable(t, 1<<20, o)
+			data := bytes.Repeat([]byte("abcdefgh"), 40000)
+			if _, err := im.WriteAt(data, 1000); err != nil {
+				t.Fatal(err)
+			}
+			share := func(commit bool) {
+				t.Helper()
+				tx, err := im.begin(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer tx.abort()
+				snap := make([]uint64, len(tx.l1))
+				for i, e := range tx.l1 {
+					b, err := tx.l2(e)
+					if b == nil {
+						continue
+					}
+					for at := 0; at < len(b) && err == nil; at += int(im.geo.l2EntrySize) {
+						entry, _ := im.entry(l2Place{0, b, int64(at)})
+						err = tx.addEntryRef(entry, 1)
+						im.w.dirty[0] = nil
+						delete(im.w.dirty, 0)
+					}
+					if err != nil {
+						t.Fatal(err)
+					}
+					// The copied flags of the shared table have to go.
+					for at := 0; at < len(b); at += int(im.geo.l2EntrySize) {
+						b[at] &^= 0x80
+					}
+					off, err := tx.writeL2(b)
+					if err == nil {
+						err = tx.addRef(off, im.geo.clusterSize, 1)
+					}
+					if err == nil {
+						err = tx.addRef(int64(e&l1OffsetMask), im.geo.clusterSize, -1)
+					}
+					if err != nil {
+						t.Fatal(err)
+					}
+					tx.l1[i], snap[i] = uint64(off), uint64(off)
+				}
+				off, err := tx.writeL1(snap)
+				if err != nil {
+					t.Fatal(err)
+				}
+				tx.snapshots = append(tx.snapshots, Snapshot{ID: "1", Name: "a", L1TableOffset: uint64(off), L1Size: uint32(len(snap)), DiskSize: 1 << 20, ICount: NoICount})
+				tx.snapshotsChanged = true
+				if !commit {
+					return
+				}
+				if err := tx.commit(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			before := d.Size()
+			share(false)
+			if d.Size() != before {
+				t.Errorf("file of %d bytes after an aborted transaction, was %d", d.Size(), before)
+			}
+			mustBeClean(t, d)
+			share(true)
+			mustBeClean(t, d)
+			// What is shared is not overwritten.
+			if _, err := im.WriteAt(make([]byte, 100000), 5000); err != nil {
+				t.Fatal(err)
+			}
+			if err := im.Close(); err != nil {
+				t.Fatal(err)
+			}
+			mustBeClean(t, d)
+			sn, err := New(d, &OpenOptions{Snapshot: "a"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := make([]byte, len(data))
+			if _, err := sn.ReadAt(got, 1000); err != nil || !bytes.Equal(got, data) {
+				t.Errorf("snapshot reads something else (%v)", err)
+			}
+		})
+	}
+}
+
+// A header is replaced by one write of the first sector, whatever its length.
+func TestWriteHeader(t *testing.T) {
+	im, d := newWritable(t, 1<<20, FormatOptions{BackingFile: "some/where/base.raw", BackingFormat: "raw"})
+	for i, name := range []string{"base.raw", "", "a/much/longer/name/than/the/one/that/was/there/before.raw", "b"} {
+		h := im.header
+		h.BackingFile = name
+		if err := im.writeHeader(&h); err != nil {
+			t.Fatal(err)
+		}
+		im.header = h
+		re, err := New(d, &OpenOptions{Backing: BackingIgnore})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := re.Header(); got.BackingFile != name || len(got.FeatureNames()) == 0 {
+			t.Errorf("%d: backing file %q, expected %q; %d feature names", i, got.BackingFile, name, len(got.FeatureNames()))
+		}
+	}
+	h := im.header
+	h.Extensions = append(h.Extensions, Extension{0x12345678, make([]byte, 600)})
+	if err := im.writeHeader(&h); !errors.Is(err, ErrLimit) {
+		t.Errorf("a header that cannot be replaced at once: %v", err)
+	}
+}
