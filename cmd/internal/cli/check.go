@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -13,11 +12,10 @@ import (
 )
 
 type checkOptions struct {
-	format     string
-	output     string
-	cache      string
-	quiet      bool
-	forceShare bool
+	open   openOptions
+	output string
+	cache  string
+	quiet  bool
 }
 
 func newCheck(host Host) *cobra.Command {
@@ -33,11 +31,11 @@ func newCheck(host Host) *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
-	f.StringVarP(&o.format, "format", "f", "", "format of the image: raw or qcow2 (default: found by its first bytes)")
+	o.open.addFlags(f, host)
+	o.open.addForceShare(f)
 	f.StringVar(&o.output, "output", "human", "human or json")
 	f.StringVarP(&o.cache, "cache", "T", "writeback", "cache mode, for qemu-img's sake: it changes nothing")
 	f.BoolVarP(&o.quiet, "quiet", "q", false, "print errors only")
-	f.BoolVarP(&o.forceShare, "force-share", "U", false, "look at an image that a running machine uses")
 	return cmd
 }
 
@@ -48,10 +46,11 @@ func runCheck(ctx context.Context, host Host, o *checkOptions, args []string) er
 	if err := checkOutput(o.output); err != nil {
 		return err
 	}
-	if !slices.Contains([]string{"none", "off", "writeback", "unsafe", "directsync", "writethrough"}, o.cache) {
-		return messagef("Invalid source cache option: %s", o.cache)
+	if err := checkCache("source cache", o.cache); err != nil {
+		return err
 	}
-	img, err := openImage(args[0], &openOptions{format: o.format, forceShare: o.forceShare, chain: true})
+	o.open.chain = true
+	img, err := openImage(args[0], &o.open)
 	if err != nil {
 		return couldNotOpen(args[0], err)
 	}

@@ -6,7 +6,6 @@ package cli
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"path/filepath"
@@ -14,7 +13,6 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 )
 
 // Host is what the program has from the system.
@@ -35,84 +33,96 @@ func Run(ctx context.Context, args []string, host Host) int {
 	}
 	out := &output{w: host.Out}
 	host.Out, host.name = out, name
-	root := newRoot(name, args, host)
-	root.SetArgs(args)
-	root.SetOut(host.Out)
-	root.SetErr(host.Err)
-	err := unknownCommand(root, args)
-	if err == nil {
-		err = root.ExecuteContext(ctx)
-	}
+	err := execute(ctx, newRoot(host), args)
 	if err == nil && out.err != nil {
 		err = fmt.Errorf("standard output: %w", out.err)
 	}
 	return report(host.Err, name, err)
 }
 
-func newRoot(name string, args []string, host Host) *cobra.Command {
-	root := &cobra.Command{
-		Use:   name + " COMMAND",
-		Short: "qimg makes, inspects and checks disk images",
-		Long: "qimg makes, inspects and checks disk images. It needs no root, no mount and no\n" +
-			"other program. create, info and check are used as those of qemu-img.",
-		Version:            version(),
-		Args:               cobra.ArbitraryArgs,
-		SilenceErrors:      true,
-		SilenceUsage:       true,
-		DisableSuggestions: true,
-		CompletionOptions:  cobra.CompletionOptions{DisableDefaultCmd: true},
-		RunE: func(_ *cobra.Command, args []string) error {
-			if len(args) == 0 {
-				return usagef("Not enough arguments")
-			}
-			return usagef("Command not found: %s", args[0])
-		},
+// execute reads the options of the program and runs the command.
+func execute(ctx context.Context, root *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return usagef("Not enough arguments")
 	}
-	root.Flags().BoolP("version", "V", false, "print the version")
-	root.SetVersionTemplate("{{.Name}} version {{.Version}}\n")
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return flagError(args, err) })
-	root.AddCommand(newBuild(host), newCreate(host), newInfo(host), newCheck(host))
-	return root
-}
-
-// unknownCommand says so before the command's flags are taken for the
-// program's.
-func unknownCommand(root *cobra.Command, args []string) error {
-	if len(args) == 0 || strings.HasPrefix(args[0], "-") || args[0] == "help" {
-		return nil
+	args, err := getopt(root.Flags(), append([]string{root.Name()}, args...), true)
+	if err != nil {
+		return helped(root, err)
+	}
+	if v, _ := root.Flags().GetBool("version"); v {
+		_, err := fmt.Fprint(root.OutOrStdout(), versionText(root.Name()))
+		return err
+	}
+	if len(args) == 0 {
+		return nil // as qemu-img
 	}
 	for _, c := range root.Commands() {
-		if c.Name() == args[0] {
-			return nil
+		if c.Name() == args[0] || args[0] == "help" {
+			root.SetArgs(args)
+			return root.ExecuteContext(ctx)
 		}
 	}
 	return usagef("Command not found: %s", args[0])
 }
 
-// flagError says in getopt's way what pflag found.
-func flagError(args []string, err error) error {
-	var unknown *pflag.NotExistError
-	var missing *pflag.ValueRequiredError
-	switch {
-	case errors.As(err, &unknown):
-		return usagef("unrecognized option '%s'", asGiven(args, unknown.GetSpecifiedName(), unknown.GetSpecifiedShortnames()))
-	case errors.As(err, &missing):
-		return usagef("missing argument for option '%s'", asGiven(args, missing.GetSpecifiedName(), missing.GetSpecifiedShortnames()))
+func newRoot(host Host) *cobra.Command {
+	root := &cobra.Command{
+		Use:   host.name,
+		Short: "qimg makes, inspects and checks disk images",
+		Long: "qimg makes, inspects and checks disk images. It needs no root, no mount and no\n" +
+			"other program. create, info and check are used as those of qemu-img.",
+		SilenceErrors:      true,
+		SilenceUsage:       true,
+		DisableSuggestions: true,
+		CompletionOptions:  cobra.CompletionOptions{DisableDefaultCmd: true},
 	}
-	return usagef("%v", err)
+	root.SetOut(host.Out)
+	root.SetErr(host.Err)
+	root.Flags().BoolP("version", "V", false, "print the version")
+	root.InitDefaultHelpFlag()
+	if host.name == "qemu-img" {
+		root.SetHelpTemplate(versionText(host.name) +
+			"usage: qemu-img [standard options] command [command options]\n" + root.HelpTemplate())
+	}
+	root.AddCommand(newBuild(host), newCreate(host), newInfo(host), newCheck(host))
+	for _, c := range root.Commands() {
+		useGetopt(c)
+	}
+	return root
 }
 
-// asGiven finds the argument that an option stands in: a long name, or a group
-// of letters that ends in those given.
-func asGiven(args []string, name, letters string) string {
-	for _, a := range args {
-		long := strings.HasPrefix(a, "--")
-		if letters == "" && (a == "--"+name || strings.HasPrefix(a, "--"+name+"=")) ||
-			letters != "" && !long && strings.HasPrefix(a, "-") && strings.HasSuffix(a, letters) {
-			return a
+// useGetopt has a command's options read by getopt.
+func useGetopt(c *cobra.Command) {
+	run := c.RunE
+	c.DisableFlagParsing = true
+	c.RunE = func(c *cobra.Command, args []string) error {
+		operands, err := getopt(c.Flags(), append([]string{c.Name()}, args...), false)
+		if err != nil {
+			return helped(c, err)
 		}
+		return run(c, operands)
 	}
-	return "--" + name
+}
+
+// helped prints the help of a command if that is what was asked for.
+func helped(c *cobra.Command, err error) error {
+	if err == errHelp {
+		return c.Help()
+	}
+	return err
+}
+
+// qemuVersion is the version of qemu-img that the commands are those of. What
+// calls qemu-img looks for it.
+const qemuVersion = "7.2.0"
+
+// versionText is what --version prints. Under the name of qemu-img it begins as
+// qemu-img's does.
+func versionText(name string) string {
+	if name == "qemu-img" {
+		return fmt.Sprintf("qemu-img version %s (qimg %s)\nCopyright (c) the authors of qimg\n", qemuVersion, version())
+	}
+	return fmt.Sprintf("%s version %s\n", name, version())
 }
 
 func version() string {

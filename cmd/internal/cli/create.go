@@ -17,6 +17,7 @@ import (
 )
 
 type createOptions struct {
+	host          Host
 	format        string
 	backing       string
 	backingFormat string
@@ -24,10 +25,11 @@ type createOptions struct {
 	noOpen        bool
 	quiet         bool
 	hasBacking    bool // -b was given, maybe with an empty name
+	secrets       secrets
 }
 
 func newCreate(host Host) *cobra.Command {
-	o := createOptions{}
+	o := createOptions{host: host, secrets: secrets{out: host.Out}}
 	cmd := &cobra.Command{
 		Use:   "create [-f FORMAT] [-b BACKING -F FORMAT] [-o OPTIONS] FILE [SIZE]",
 		Short: "Make an empty image",
@@ -45,6 +47,7 @@ func newCreate(host Host) *cobra.Command {
 	f.StringArrayVarP(&o.options, "options", "o", nil, "options of the format, as NAME=VALUE,...; help lists them")
 	f.BoolVarP(&o.noOpen, "unsafe", "u", false, "do not look at the backing file")
 	f.BoolVarP(&o.quiet, "quiet", "q", false, "print nothing")
+	f.Var(&o.secrets, "object", "make an object: secret,id=NAME,data=TEXT or secret,id=NAME,file=FILE")
 	return cmd
 }
 
@@ -208,7 +211,7 @@ func checkBacking(name, backing string, o *createOptions, opts *optionList) erro
 		return nil
 	}
 	full := combinePath(name, backing)
-	img, err := openImage(full, &openOptions{format: format, forceShare: true})
+	img, err := openImage(full, &openOptions{format: format, forceShare: true, host: o.host})
 	if err != nil {
 		return withHint(err, "Could not open backing image.\n")
 	}
@@ -303,8 +306,8 @@ func localPath(name string) (string, error) {
 	if !ok {
 		return name, nil
 	}
-	if proto != "file" {
-		return "", messagef("Unknown protocol '%s'", proto)
+	if err := checkProtocol(proto); err != nil {
+		return "", err
 	}
 	return strings.TrimPrefix(name, "file:"), nil
 }

@@ -85,3 +85,8 @@ func message(w io.Writer, name string, err error) {
 		fmt.Fprintf(w, "%s: %s\n", name, line)
 	}
 }
+
+// warn prints a warning.
+func (h Host) warn(format string, args ...any) {
+	message(h.Err, h.name+": warning", fmt.Errorf(format, args...))
+}

@@ -14,10 +14,9 @@ import (
 )
 
 type infoOptions struct {
-	format     string
-	output     string
-	chain      bool
-	forceShare bool
+	open   openOptions
+	output string
+	chain  bool
 }
 
 func newInfo(host Host) *cobra.Command {
@@ -30,19 +29,11 @@ func newInfo(host Host) *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
-	f.StringVarP(&o.format, "format", "f", "", "format of the image: raw or qcow2 (default: found by its first bytes)")
+	o.open.addFlags(f, host)
+	o.open.addForceShare(f)
 	f.StringVar(&o.output, "output", "human", "human or json")
 	f.BoolVar(&o.chain, "backing-chain", false, "tell about the backing files too")
-	f.BoolVarP(&o.forceShare, "force-share", "U", false, "look at an image that a running machine uses")
 	return cmd
-}
-
-// checkOutput checks the value of --output.
-func checkOutput(output string) error {
-	if output != "human" && output != "json" {
-		return messagef("--output must be used with human or json as argument.")
-	}
-	return nil
 }
 
 func runInfo(ctx context.Context, host Host, o *infoOptions, args []string) error {
@@ -84,11 +75,11 @@ const maxChain = 200
 // queryChain looks at an image and, if that is wanted, at its backing files.
 func queryChain(ctx context.Context, name string, o *infoOptions) ([]*imageInfo, error) {
 	var infos []*imageInfo
-	for format := o.format; ; {
+	for open := o.open; ; {
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		info, err := queryInfo(name, &openOptions{format: format, forceShare: o.forceShare})
+		info, err := queryInfo(name, &open)
 		if err != nil {
 			return nil, couldNotOpen(name, err)
 		}
@@ -100,9 +91,10 @@ func queryChain(ctx context.Context, name string, o *infoOptions) ([]*imageInfo,
 		if infos = append(infos, info); len(infos) > maxChain {
 			return nil, messagef("Backing chain of '%s' is longer than %d files", infos[0].name, maxChain)
 		}
-		if name, format = info.fullBacking, info.backingFormat; !o.chain || name == "" {
+		if name = info.fullBacking; !o.chain || name == "" {
 			return infos, nil
 		}
+		open.imageOpts, open.format = false, info.backingFormat
 	}
 }
 

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"encoding/json"
 	"fmt"
 	"strconv"
 	"strings"
@@ -65,6 +66,29 @@ func appendJSON(b *strings.Builder, v any, depth int) {
 		b.WriteString(strconv.FormatUint(v, 10))
 	default:
 		panic(fmt.Sprintf("cli: internal error: %T in JSON", v))
+	}
+}
+
+// appendLineJSON writes a value in one line, as qemu-img does in names.
+func appendLineJSON(b *strings.Builder, v any) {
+	switch v := v.(type) {
+	case object:
+		b.WriteByte('{')
+		for i, m := range v {
+			if i > 0 {
+				b.WriteString(", ")
+			}
+			appendJSONString(b, m.key)
+			b.WriteString(": ")
+			appendLineJSON(b, m.value)
+		}
+		b.WriteByte('}')
+	case nil:
+		b.WriteString("null")
+	case json.Number:
+		b.WriteString(v.String())
+	default:
+		appendJSON(b, v, 0)
 	}
 }
 

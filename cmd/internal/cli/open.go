@@ -1,10 +1,11 @@
 package cli
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -12,82 +13,96 @@ import (
 	"qimg/qcow2/blockdev"
 )
 
-// openOptions says how an image is opened for a command that reads it.
+// openOptions says how an image is opened.
 type openOptions struct {
-	format     string // "": found by the first bytes
+	format    string // "": found by the first bytes
+	imageOpts bool   // the image is named by options
+	// forceShare looks at an image that a running machine uses.
 	forceShare bool
 	// chain opens the backing and data files too.
 	chain bool
+	// write opens the image for writing, and warns of a raw image whose format
+	// was not given.
+	write   bool
+	secrets *secrets
+	host    Host // for warnings
 }
 
-// image is an image that is open for reading.
+// image is an image that is open.
 type image struct {
 	arg    string // as it was given
-	name   string // its path
-	format string
+	name   string // its path, or json: with what the path does not say
+	format string // qcow2, raw, or file for a file that is taken as it is
+	// probed: the format was found by the first bytes, which a guest can write.
+	probed bool
 	file   *blockdev.File
-	qcow2  *qcow2.Image // nil: raw
+	// dev is what the format lies in, or the disk itself if it is raw. It is a
+	// blockdev.Device if the image was opened for writing.
+	dev     blockdev.Reader
+	qcow2   *qcow2.Image // nil: raw
+	options object       // in which it differs from others of its name and format
+	closers []io.Closer
 }
 
-// openImage opens an image. Errors are in qemu-img's words where it has some.
+// openImage opens an image. Errors are in qemu-img's words where it has some;
+// the caller puts couldNotOpen around them.
 func openImage(arg string, o *openOptions) (*image, error) {
-	name, format, err := resolveName(arg)
-	if err != nil {
-		return nil, err
-	}
-	if o.format != "" {
-		format = o.format
-	}
-	if format != "" && format != "raw" && format != "qcow2" {
-		return nil, messagef("Unknown driver '%s'", format)
-	}
-	f, err := blockdev.OpenFile(name, &blockdev.FileOptions{ForceShare: o.forceShare})
-	if err != nil {
-		return nil, openError(name, err)
-	}
-	img := &image{arg: arg, name: name, format: format, file: f}
-	if format == "" {
-		if img.format, err = probe(f); err != nil {
-			f.Close()
+	opts := blockOptions{}
+	name := &arg
+	switch {
+	case o.imageOpts && o.format != "":
+		return nil, &bareError{messagef("--image-opts and --format are mutually exclusive")}
+	case o.imageOpts:
+		var err error
+		if opts, err = parseImageOpts(arg, o.host); err != nil {
 			return nil, err
 		}
-	}
-	if img.format == "raw" {
-		return img, nil
-	}
-	policy := qcow2.BackingIgnore
-	if o.chain {
-		policy = qcow2.BackingFollow
-	}
-	img.qcow2, err = qcow2.New(f, &qcow2.OpenOptions{ForceShare: o.forceShare, Backing: policy})
-	if err != nil {
-		f.Close()
-		if errors.Is(err, qcow2.ErrFormat) {
-			return nil, messagef("Image is not in qcow2 format")
+		name = nil
+		if share, ok := opts["force-share"]; ok && share != "on" && o.forceShare {
+			return nil, &bareError{messagef("--force-share/-U conflicts with image options")}
 		}
+	case o.format != "":
+		opts["driver"] = o.format
+	}
+	n := &opening{openOptions: o, write: o.write, forceShare: o.forceShare}
+	img, err := n.open(name, opts, false)
+	if err != nil {
 		return nil, err
 	}
+	if o.write && !n.write {
+		img.close()
+		return nil, messagef("Block node is read-only")
+	}
+	img.arg = arg
 	return img, nil
 }
 
+// bareError is an error of an image that is told without its name.
+type bareError struct{ err error }
+
+func (e *bareError) Error() string { return e.err.Error() }
+func (e *bareError) Unwrap() error { return e.err }
+
 func (img *image) close() {
-	if img.qcow2 != nil {
-		img.qcow2.Close()
+	for _, c := range slices.Backward(img.closers) {
+		c.Close()
 	}
-	img.file.Close()
+}
+
+// reader returns the disk.
+func (img *image) reader() blockdev.Reader {
+	if img.qcow2 != nil {
+		return img.qcow2
+	}
+	return img.dev
 }
 
 // size returns the virtual size; that of a raw image is in whole sectors.
-func (img *image) size() int64 {
-	if img.qcow2 != nil {
-		return img.qcow2.Size()
-	}
-	return (img.file.Size() + 511) &^ 511
-}
+func (img *image) size() int64 { return (img.reader().Size() + 511) &^ 511 }
 
 // probe tells the format of a file by its first bytes. A format that qimg does
 // not read is no raw disk either: its size would be taken for the disk's.
-func probe(f *blockdev.File) (string, error) {
+func probe(f io.ReaderAt) (string, error) {
 	format, err := qcow2.Probe(f)
 	if err == nil && format != "raw" && format != "qcow2" {
 		err = fmt.Errorf("it is in format %s; qimg reads qcow2 and raw (with -f raw it is taken byte by byte)", format)
@@ -97,27 +112,14 @@ func probe(f *blockdev.File) (string, error) {
 
 // couldNotOpen is the message of a command whose image cannot be opened.
 func couldNotOpen(name string, err error) error {
+	if bare := (*bareError)(nil); errors.As(err, &bare) {
+		return err
+	}
 	var cmd *cmdError
 	if errors.As(err, &cmd) {
 		return withHint(messagef("Could not open '%s': %w", name, cmd.err), cmd.hint)
 	}
 	return messagef("Could not open '%s': %w", name, err)
-}
-
-// openError puts an error of the file system in qemu-img's words.
-func openError(name string, err error) error {
-	var lock *blockdev.LockError
-	var errno syscall.Errno
-	if errors.As(err, &lock) {
-		return withHint(errors.New(lock.Reason()), lockHint(name))
-	}
-	if info, e := os.Stat(name); e == nil && !info.Mode().IsRegular() && info.Mode()&os.ModeDevice == 0 {
-		return fmt.Errorf("'file' driver requires '%s' to be a regular file", name)
-	}
-	if errors.As(err, &errno) {
-		return messagef("Could not open '%s': %s", name, strerror(errno))
-	}
-	return err
 }
 
 func lockHint(name string) string {
@@ -128,37 +130,6 @@ func lockHint(name string) string {
 func strerror(errno syscall.Errno) string {
 	s := errno.Error()
 	return strings.ToUpper(s[:1]) + s[1:]
-}
-
-// resolveName returns the path that a name of an image means, and the format
-// that it says, or "": a path, file:PATH, or QEMU's json: with a driver over a
-// file.
-func resolveName(name string) (path, format string, err error) {
-	js, ok := strings.CutPrefix(name, "json:")
-	if !ok {
-		path, err = localPath(name)
-		return path, "", err
-	}
-	var o struct {
-		Driver   string
-		Filename string
-		File     struct{ Driver, Filename string }
-		FileName string `json:"file.filename"`
-	}
-	if err := json.Unmarshal([]byte(js), &o); err != nil {
-		return "", "", messagef("Could not parse the JSON options: %w", err)
-	}
-	if o.Driver == "file" {
-		return o.Filename, "", nil
-	}
-	path = o.File.Filename
-	if path == "" {
-		path = o.FileName
-	}
-	if path == "" {
-		return "", "", messagef("JSON options name no file: %s", js)
-	}
-	return path, o.Driver, nil
 }
 
 // combinePath is the path of a file that the image at base names.

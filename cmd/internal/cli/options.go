@@ -53,24 +53,31 @@ func joinOptions(args []string) (string, error) {
 	return strings.Join(args, ","), nil
 }
 
+// optionPair is an option as it is given.
+type optionPair struct {
+	name, value string
+	short       bool // it has no value of its own
+}
+
 // splitOptions splits "a=b,c,nod" into names and values; ",," in a value is a
 // comma. An option without a value is "on", and "off" if it begins with "no".
-func splitOptions(s string) (pairs [][2]string) {
+func splitOptions(s string) (pairs []optionPair) {
 	for s != "" {
 		i := strings.IndexAny(s, "=,")
 		if i < 0 {
 			i = len(s)
 		}
-		name, value := s[:i], "on"
+		p := optionPair{s[:i], "on", true}
 		if strings.HasPrefix(s[i:], "=") {
-			value, s = optionValue(s[i+1:])
+			p.short = false
+			p.value, s = optionValue(s[i+1:])
 		} else {
-			if off, ok := strings.CutPrefix(name, "no"); ok {
-				name, value = off, "off"
+			if off, ok := strings.CutPrefix(p.name, "no"); ok {
+				p.name, p.value = off, "off"
 			}
 			s = strings.TrimPrefix(s[i:], ",")
 		}
-		pairs = append(pairs, [2]string{name, value})
+		pairs = append(pairs, p)
 	}
 	return pairs
 }
@@ -93,7 +100,7 @@ func optionValue(s string) (value, rest string) {
 // wantsHelp reports whether an option list asks for the list of options.
 func wantsHelp(s string) bool {
 	for _, p := range splitOptions(s) {
-		if p == [2]string{"help", "on"} || p == [2]string{"?", "on"} {
+		if p.short && p.value == "on" && (p.name == "help" || p.name == "?") {
 			return true
 		}
 	}
@@ -103,7 +110,7 @@ func wantsHelp(s string) bool {
 // parse adds the options of -o.
 func (l *optionList) parse(s string) error {
 	for _, p := range splitOptions(s) {
-		if err := l.set(p[0], p[1]); err != nil {
+		if err := l.set(p.name, p.value); err != nil {
 			return err
 		}
 	}

@@ -1,0 +1,40 @@
+package cli
+
+import (
+	"slices"
+
+	"github.com/spf13/pflag"
+)
+
+// addFlags adds the options that all commands on one image have: -f,
+// --image-opts and --object.
+func (o *openOptions) addFlags(f *pflag.FlagSet, host Host) {
+	o.host = host
+	o.secrets = &secrets{out: host.Out}
+	f.StringVarP(&o.format, "format", "f", "", "format of the image: raw or qcow2 (default: found by its first bytes)")
+	f.BoolVar(&o.imageOpts, "image-opts", false, "the image is named by options: driver=qcow2,file.filename=...")
+	f.Var(o.secrets, "object", "make an object: secret,id=NAME,data=TEXT or secret,id=NAME,file=FILE")
+}
+
+// addForceShare adds -U.
+func (o *openOptions) addForceShare(f *pflag.FlagSet) {
+	f.BoolVarP(&o.forceShare, "force-share", "U", false, "look at an image that a running machine uses")
+}
+
+// checkCache checks a cache mode of QEMU: -T for the image that is read
+// ("source cache"), -t for the one that is written ("cache"). None changes what
+// is done.
+func checkCache(what, mode string) error {
+	if !slices.Contains([]string{"none", "off", "writeback", "unsafe", "directsync", "writethrough"}, mode) {
+		return messagef("Invalid %s option: %s", what, mode)
+	}
+	return nil
+}
+
+// checkOutput checks the value of --output.
+func checkOutput(output string) error {
+	if output != "human" && output != "json" {
+		return messagef("--output must be used with human or json as argument.")
+	}
+	return nil
+}

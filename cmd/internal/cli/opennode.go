@@ -1,0 +1,419 @@
+package cli
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"syscall"
+
+	"qimg/qcow2"
+	"qimg/qcow2/blockdev"
+)
+
+// opening opens the parts of one image, from its options, as QEMU's
+// bdrv_open_inherit does (block.c): the file, the format over it, and the
+// backing and data files that the options name in place of the image.
+type opening struct {
+	*openOptions
+	write, forceShare bool // of the part that is opened, and of those below it
+}
+
+// open opens one part. name is nil where the options alone say what it is.
+// below says that it has a format above it, so that it is a file unless its
+// driver says otherwise.
+func (o *opening) open(name *string, opts blockOptions, below bool) (*image, error) {
+	if name != nil {
+		if js, ok := strings.CutPrefix(*name, "json:"); ok {
+			said, err := parseJSONName(js)
+			if err != nil {
+				return nil, err
+			}
+			for key, value := range said {
+				if _, ok := opts[key]; !ok {
+					opts[key] = value
+				}
+			}
+			name = nil
+		}
+	}
+	driver, given := opts.str("driver")
+	if given {
+		if err := checkDriver(driver); err != nil {
+			return nil, err
+		}
+		below = driver == "file"
+	}
+	if below {
+		return o.openFile(name, opts, given)
+	}
+	if v := opts["read-only"]; v == "on" || v == true {
+		o.write = false
+	}
+	backing, withBacking := opts["backing"]
+	if withBacking && backing == "" {
+		o.host.warn(`Use of "backing": "" is deprecated; use "backing": null instead`)
+	}
+	noBacking := !o.chain
+	if withBacking && (backing == nil || backing == "") {
+		delete(opts, "backing")
+		noBacking = true
+	}
+	file, err := o.openChild(name, opts)
+	if err != nil {
+		return nil, err
+	}
+	img, err := o.openFormat(driver, file, opts, noBacking)
+	if err != nil && file != nil {
+		file.close()
+	}
+	return img, err
+}
+
+// openChild opens the file of a format, nil if none is named.
+func (o *opening) openChild(name *string, opts blockOptions) (*image, error) {
+	sub := opts.take("file.")
+	ref, isRef := opts.str("file")
+	delete(opts, "file")
+	switch {
+	case isRef && (name != nil || len(sub) > 0):
+		return nil, messagef("Cannot reference an existing block device with additional options or a new filename")
+	case isRef:
+		return nil, noNode(ref)
+	case name == nil && len(sub) == 0:
+		return nil, nil
+	}
+	return o.open(name, sub, true)
+}
+
+// noNode is the error of a reference to what other programs of QEMU have.
+func noNode(ref string) error {
+	return messagef("Cannot find device='%s' nor node-name='%s'", ref, ref)
+}
+
+// openFormat opens the image in file.
+func (o *opening) openFormat(format string, file *image, opts blockOptions, noBacking bool) (*image, error) {
+	img := &image{format: format}
+	if format == "" {
+		if file == nil {
+			return nil, messagef("Must specify either driver or file")
+		}
+		var err error
+		if img.format, err = probe(file.reader()); err != nil {
+			return nil, err
+		}
+		img.probed = true
+	}
+	if err := o.commonOptions(opts); err != nil {
+		return nil, err
+	}
+	if file == nil {
+		return nil, messagef(`A block device must be specified for "file"`)
+	}
+	img.file, img.dev = file.file, file.reader()
+	img.closers = append(img.closers, file.closers...)
+	open := o.openQcow2
+	if img.format == "raw" {
+		open = o.openRaw
+	}
+	own := len(img.closers)
+	err := open(img, file, opts, noBacking)
+	if err == nil {
+		if names := qdictOrder(opts); len(names) > 0 {
+			err = messagef("Block format '%s' does not support the option '%s'", img.format, names[0])
+		}
+	}
+	if err != nil {
+		img.closers = img.closers[own:] // the caller closes the file
+		img.close()
+		return nil, err
+	}
+	return img, nil
+}
+
+// name the image by its file, or by all options if that does not say enough.
+// options are those besides the driver and the file.
+func (img *image) setName(file *image, options map[string]any) {
+	plain := len(options) == 0 && file.format == "file"
+	options["driver"] = img.format
+	options["file"] = file.options
+	for _, key := range qdictOrder(options) {
+		img.options.add(key, options[key])
+	}
+	img.name = file.name
+	if !plain {
+		var b strings.Builder
+		appendLineJSON(&b, img.options)
+		img.name = "json:" + b.String()
+	}
+}
+
+// openRaw opens a raw image, or a part of one.
+func (o *opening) openRaw(img, file *image, opts blockOptions, _ bool) error {
+	strong := map[string]any{}
+	for _, key := range []string{"offset", "size"} {
+		if v, ok := opts[key]; ok {
+			strong[key] = v
+		}
+	}
+	l, err := opts.absorb([]optionDesc{{name: "offset", typ: sizeOption}, {name: "size", typ: sizeOption}})
+	if err != nil {
+		return err
+	}
+	if o.write && img.probed {
+		fmt.Fprintf(o.host.Err, "WARNING: Image format was not specified for '%s' and probing guessed raw.\n"+
+			"         Automatically detecting the format is dangerous for raw images, write operations on block 0 will be restricted.\n"+
+			"         Specify the 'raw' format explicitly to remove the restrictions.\n", file.name)
+	}
+	off, size, whole := l.uint("offset"), l.uint("size"), uint64(file.size())
+	switch {
+	case off > whole:
+		return messagef("Offset (%d) cannot be greater than size of the containing file (%d)", off, whole)
+	case l.has("size") && whole-off < size:
+		return messagef("The sum of offset (%d) and size (%d) has to be smaller or equal to the  actual size of the containing file (%d)", off, size, whole)
+	case l.has("size") && size%512 != 0:
+		return messagef("Specified size is not multiple of 512")
+	case !l.has("size"):
+		size = whole - off
+	}
+	if off > 0 || l.has("size") {
+		// The last sector of the file can be one that it only begins.
+		size = min(size, uint64(max(img.dev.Size()-int64(off), 0)))
+		off = min(off, uint64(img.dev.Size()))
+		if d, ok := img.dev.(blockdev.Device); ok {
+			img.dev, err = blockdev.NewSection(d, int64(off), int64(size))
+		} else {
+			img.dev, err = blockdev.NewReaderSection(img.dev, int64(off), int64(size))
+		}
+		if err != nil {
+			return err
+		}
+	}
+	img.setName(file, strong)
+	if o.chain && (opts["backing"] != nil || len(opts.take("backing.")) > 0) {
+		return messagef("Driver doesn't support backing files")
+	}
+	return nil
+}
+
+// openQcow2 opens a qcow2 image and what belongs to it.
+func (o *opening) openQcow2(img, file *image, opts blockOptions, noBacking bool) error {
+	strong := map[string]any{}
+	if v, ok := opts["encrypt.key-secret"]; ok {
+		strong["encrypt.key-secret"] = v
+	}
+	l, err := opts.absorb(qcow2RuntimeOptions())
+	if err != nil {
+		return err
+	}
+	qo := &qcow2.OpenOptions{ForceShare: o.forceShare, Backing: qcow2.BackingIgnore}
+	if o.chain {
+		qo.Backing = qcow2.BackingFollow
+	}
+	if img.qcow2, err = qcow2.New(img.dev, qo); err != nil {
+		if errors.Is(err, qcow2.ErrFormat) {
+			return messagef("Image is not in qcow2 format")
+		}
+		return err
+	}
+	img.closers = append(img.closers, img.qcow2)
+	h := img.qcow2.Header()
+	if err := checkRuntimeOptions(l, &h); err != nil {
+		return err
+	}
+	img.setName(file, strong)
+	return nil
+}
+
+// commonOptions checks the options that all drivers have.
+func (o *opening) commonOptions(opts blockOptions) error {
+	l, err := opts.absorb([]optionDesc{
+		{name: "driver"}, {name: "node-name"}, {name: "cache.direct", typ: boolOption}, {name: "cache.no-flush", typ: boolOption},
+		{name: "read-only", typ: boolOption}, {name: "auto-read-only", typ: boolOption}, {name: "detect-zeroes"}, {name: "discard"},
+		{name: "force-share", typ: boolOption},
+	})
+	if err != nil {
+		return err
+	}
+	if l.bool("force-share") {
+		o.forceShare = true
+	}
+	if o.forceShare && o.write {
+		return messagef("force-share=on can only be used with read-only images")
+	}
+	if d := l.str("discard"); l.has("discard") && !slices.Contains([]string{"off", "ignore", "on", "unmap"}, d) {
+		return messagef("Invalid discard option")
+	}
+	if d := l.str("detect-zeroes"); l.has("detect-zeroes") {
+		switch {
+		case !slices.Contains([]string{"off", "on", "unmap"}, d):
+			return messagef("invalid parameter value: %s", d)
+		case d == "unmap" && l.str("discard") != "on" && l.str("discard") != "unmap":
+			return messagef("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
+		}
+	}
+	if n := l.str("node-name"); l.has("node-name") && (!wellFormedID(n) || len(n) > 31) {
+		return messagef("Invalid node-name: '%s'", n)
+	}
+	return nil
+}
+
+// openFile opens a file of the host. given says that its driver was.
+func (o *opening) openFile(name *string, opts blockOptions, given bool) (*image, error) {
+	if name != nil {
+		if _, twice := opts["filename"]; twice {
+			return nil, messagef("Can't specify 'file' and 'filename' options at the same time")
+		}
+		path, err := localPath(*name)
+		if err != nil {
+			return nil, err
+		}
+		opts["filename"] = path
+	}
+	if _, ok := opts.str("filename"); !ok && !given {
+		return nil, messagef("Must specify either driver or file")
+	}
+	write := o.write
+	if v := opts["read-only"]; v == "on" || v == true {
+		o.write, write = false, false
+	}
+	if err := o.commonOptions(opts); err != nil {
+		return nil, err
+	}
+	path, _ := opts.str("filename")
+	if path == "" {
+		return nil, messagef("The 'file' block driver requires a file name")
+	}
+	l, err := opts.absorb([]optionDesc{
+		{name: "filename"}, {name: "aio"}, {name: "aio-max-batch", typ: numberOption}, {name: "locking"}, {name: "pr-manager"},
+		{name: "drop-cache", typ: boolOption}, {name: "x-check-cache-dropped", typ: boolOption},
+	})
+	if err != nil {
+		return nil, err
+	}
+	if v := l.str("aio"); l.has("aio") && v != "threads" && v != "native" && v != "io_uring" {
+		return nil, messagef("invalid parameter value: %s", v)
+	}
+	locking := l.str("locking")
+	if l.has("locking") && locking != "on" && locking != "off" && locking != "auto" {
+		return nil, messagef("invalid parameter value: %s", locking)
+	}
+	if l.has("pr-manager") {
+		return nil, messagef("No persistent reservation manager with id '%s'", l.str("pr-manager"))
+	}
+	f, err := blockdev.OpenFile(path, &blockdev.FileOptions{Write: write, ForceShare: o.forceShare, NoLock: locking == "off"})
+	if err != nil {
+		return nil, openError(path, err)
+	}
+	if names := qdictOrder(opts); len(names) > 0 {
+		f.Close()
+		return nil, messagef("Block protocol 'file' doesn't support the option '%s'", names[0])
+	}
+	return &image{name: path, format: "file", file: f, dev: f, closers: []io.Closer{f},
+		options: object{{"driver", "file"}, {"filename", path}}}, nil
+}
+
+// openError puts an error of the file system in qemu-img's words.
+func openError(name string, err error) error {
+	var lock *blockdev.LockError
+	var errno syscall.Errno
+	if errors.As(err, &lock) {
+		return withHint(errors.New(lock.Reason()), lockHint(name))
+	}
+	if info, e := os.Stat(name); e == nil && !info.Mode().IsRegular() && info.Mode()&os.ModeDevice == 0 {
+		return fmt.Errorf("'file' driver requires '%s' to be a regular file", name)
+	}
+	if errors.As(err, &errno) {
+		return messagef("Could not open '%s': %s", name, strerror(errno))
+	}
+	return err
+}
+
+// checkDriver refuses a driver that qimg does not have.
+func checkDriver(name string) error {
+	switch {
+	case slices.Contains([]string{"qcow2", "raw", "file"}, name):
+		return nil
+	case slices.Contains(qemuDrivers(), name):
+		return unsupportedDriver("driver", name)
+	}
+	return messagef("Unknown driver '%s'", name)
+}
+
+// checkProtocol refuses what stands before a colon in the name of an image.
+func checkProtocol(name string) error {
+	switch {
+	case name == "file":
+		return nil
+	case slices.Contains(qemuDrivers(), name), strings.Contains(name, "+"):
+		return unsupportedDriver("protocol", name)
+	}
+	return messagef("Unknown protocol '%s'", name)
+}
+
+func unsupportedDriver(what, name string) error {
+	return fmt.Errorf("%s '%s' is not supported: qimg opens images of the formats qcow2 and raw in local files", what, name)
+}
+
+// qemuDrivers are drivers that QEMU has and qimg does not.
+func qemuDrivers() []string {
+	return []string{"blkdebug", "blklogwrites", "blkverify", "bochs", "cloop", "compress", "copy-before-write", "copy-on-read", "dmg",
+		"ftp", "ftps", "gluster", "host_cdrom", "host_device", "http", "https", "io_uring", "iscsi", "iser", "luks", "nbd", "nfs",
+		"null-aio", "null-co", "nvme", "nvme-io_uring", "parallels", "preallocate", "qcow", "qed", "quorum", "rbd", "replication",
+		"snapshot-access", "ssh", "throttle", "vdi", "vhdx", "virtio-blk-vfio-pci", "virtio-blk-vhost-user", "virtio-blk-vhost-vdpa",
+		"vmdk", "vpc", "vvfat"}
+}
+
+// qcow2RuntimeOptions are the options of an image that is opened.
+func qcow2RuntimeOptions() []optionDesc {
+	descs := []optionDesc{
+		{name: "lazy-refcounts", typ: boolOption}, {name: "pass-discard-request", typ: boolOption},
+		{name: "pass-discard-snapshot", typ: boolOption}, {name: "pass-discard-other", typ: boolOption},
+		{name: "overlap-check"}, {name: "overlap-check.template"}, {name: "cache-size", typ: sizeOption}, {name: "l2-cache-size", typ: sizeOption},
+		{name: "l2-cache-entry-size", typ: sizeOption}, {name: "refcount-cache-size", typ: sizeOption},
+		{name: "cache-clean-interval", typ: numberOption}, {name: "encrypt.format"}, {name: "encrypt.key-secret"},
+	}
+	for _, table := range []string{"main-header", "active-l1", "active-l2", "refcount-table", "refcount-block", "snapshot-table",
+		"inactive-l1", "inactive-l2", "bitmap-directory"} {
+		descs = append(descs, optionDesc{name: "overlap-check." + table, typ: boolOption})
+	}
+	return descs
+}
+
+// checkRuntimeOptions checks the values. What the options ask for is done by
+// qimg in its own way: tables are cached within a bound, and all that is
+// written is checked for overlaps.
+func checkRuntimeOptions(l *optionList, h *qcow2.Header) error {
+	total, l2, refcount := l.uint("cache-size"), l.uint("l2-cache-size"), l.uint("refcount-cache-size")
+	if l.has("cache-size") {
+		switch {
+		case l.has("l2-cache-size") && l.has("refcount-cache-size"):
+			return messagef("cache-size, l2-cache-size and refcount-cache-size may not be set at the same time")
+		case l2 > total:
+			return messagef("l2-cache-size may not exceed cache-size")
+		case refcount > total:
+			return messagef("refcount-cache-size may not exceed cache-size")
+		}
+	}
+	if n := l.uint("l2-cache-entry-size"); l.has("l2-cache-entry-size") && (n < 512 || n > uint64(h.ClusterSize()) || n&(n-1) != 0) {
+		return messagef("L2 cache entry size must be a power of two between 512 and the cluster size (%d)", h.ClusterSize())
+	}
+	if l.bool("lazy-refcounts") && h.Version < 3 {
+		return messagef("Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level")
+	}
+	all, template := l.str("overlap-check"), l.str("overlap-check.template")
+	switch {
+	case l.has("overlap-check") && l.has("overlap-check.template") && all != template:
+		return messagef("Conflicting values for qcow2 options 'overlap-check' ('%s') and 'overlap-check.template' ('%s')", all, template)
+	case l.has("overlap-check.template"):
+		all = template
+	case !l.has("overlap-check"):
+		all = "cached"
+	}
+	if !slices.Contains([]string{"none", "constant", "cached", "all"}, all) {
+		return messagef("Unsupported value '%s' for qcow2 option 'overlap-check'. Allowed are any of the following: none, constant, cached, all", all)
+	}
+	return nil
+}
