@@ -241,14 +241,14 @@ func TestFindings(t *testing.T) {
 // TestFindingKind: each kind has a name of its own, and a line without gaps.
 func TestFindingKind(t *testing.T) {
 	names := map[string]bool{}
-	for k := qcow2.RefcountTooLow; k <= qcow2.BitmapTableEntryBad; k++ {
+	for k := qcow2.RefcountTooLow; k <= qcow2.InactiveL2Copied; k++ {
 		line := qcow2.Finding{Kind: k, Text: "text"}.String()
 		if s := k.String(); s == "" || strings.Contains(s, "(") || names[s] || strings.Contains(line, "%") {
 			t.Errorf("kind %d: %q, %q", uint8(k), s, line)
 		}
 		names[k.String()] = true
 	}
-	for _, k := range []qcow2.FindingKind{0, qcow2.BitmapTableEntryBad + 1} {
+	for _, k := range []qcow2.FindingKind{0, qcow2.InactiveL2Copied + 1} {
 		if s, line := k.String(), (qcow2.Finding{Kind: k}).String(); !strings.HasPrefix(s, "FindingKind(") || !strings.Contains(line, s) {
 			t.Errorf("%q, %q", s, line)
 		}

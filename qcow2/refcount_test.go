@@ -35,20 +35,20 @@ func TestRefcounts(t *testing.T) {
 				if i < c.adds/2 {
 					k = 1 // the large ones come when there is a form already
 				}
-				over := r.add(cluster, k)
+				over := r.add(cluster, k, 0)
 				want[cluster] += k
 				if x := want[cluster]; x > max && over != x-max || x <= max && over != 0 {
 					t.Fatalf("%d of %d did not fit", over, x)
 				}
 				want[cluster] = min(want[cluster], max)
 			}
-			var buf [refcountChunk]uint32
+			var buf chunkCounts
 			for i := range int64(n) {
 				if i%refcountChunk == 0 {
 					r.chunk(i, &buf)
 				}
-				if r.get(i) != want[i] || uint64(buf[i%refcountChunk]) != want[i] {
-					t.Fatalf("cluster %d: %d and %d, expected %d", i, r.get(i), buf[i%refcountChunk], want[i])
+				if r.get(i) != want[i] || uint64(buf.count[i%refcountChunk]) != want[i] {
+					t.Fatalf("cluster %d: %d and %d, expected %d", i, r.get(i), buf.count[i%refcountChunk], want[i])
 				}
 			}
 			if !r.empty(n-1) || r.empty(0) {
@@ -56,7 +56,7 @@ func TestRefcounts(t *testing.T) {
 			}
 			for i, x := range r.chunks {
 				forms := 0
-				for _, has := range []bool{x.sparse != nil, x.small != nil, x.wide != nil} {
+				for _, has := range []bool{x.sparse != nil, x.ones != nil, x.small != nil, x.wide != nil} {
 					if has {
 						forms++
 					}
@@ -93,7 +93,7 @@ func TestRefcountsMemory(t *testing.T) {
 		before := heap()
 		r := newRefcounts(c.n, 16)
 		for i := range int64(n) {
-			r.add(i*c.step, c.k)
+			r.add(i*c.step, c.k, 0)
 		}
 		if got := heap() - before; got > c.limit {
 			t.Errorf("%s: %d bytes, expected at most %d", c.name, got, c.limit)
