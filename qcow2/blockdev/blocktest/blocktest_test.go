@@ -140,6 +140,11 @@ func TestFaulty(t *testing.T) {
 			t.Errorf("fault of the first sync: call %d gives %v", i+1, err)
 		}
 	}
+	f = blocktest.NewFaulty(blockdev.NewMemory(1000), blocktest.Fault{Call: 4, Err: syscall.EIO, Sticky: true})
+	calls(f)
+	if f.FiredKind() != blocktest.Sync {
+		t.Errorf("the first failure is one of %v, expected a sync", f.FiredKind())
+	}
 }
 
 func TestFaultyShort(t *testing.T) {

@@ -28,6 +28,8 @@ type CrashOptions struct {
 	Subsets int
 	// Tears bounds the places at which each operation is torn. 0 means 16.
 	Tears int
+	// AtEnd leaves out the crashes before the last operation.
+	AtEnd bool
 	// Seed is that of the random choices.
 	Seed uint64
 	// Garbage fills the first sector that a torn write did not reach with
@@ -171,12 +173,15 @@ func (c *crash) run(l *oplog) error {
 		for ; next < len(marks) && marks[next].after <= i; next++ {
 			mark = marks[next].value
 		}
-		if !c.emit(fmt.Sprintf("after %d operations", i), mark, c.all()) {
+		wanted := i == len(ops) || !c.opts.AtEnd
+		if wanted && !c.emit(fmt.Sprintf("after %d operations", i), mark, c.all()) {
 			return nil
 		}
-		c.marks = append(c.marks, mark)
+		if wanted {
+			c.marks = append(c.marks, mark)
+		}
 		if i == len(ops) || ops[i].Kind == Sync {
-			if !c.atSync(fmt.Sprintf("before operation %d", i), mark) || i == len(ops) {
+			if wanted && !c.atSync(fmt.Sprintf("before operation %d", i), mark) || i == len(ops) {
 				return nil
 			}
 			c.sync(ops[i].dev)

@@ -119,6 +119,13 @@ func TestCrashStates(t *testing.T) {
 			writeAt(t, r, sector("xyz"), 0)
 			writeAt(t, r, sector("q"), 1536)
 		}, []string{"....", "...q", "..z.", "..zq", ".yz.", ".yzq", "x...", "x..q", "xy..", "xy.q", "xyz.", "xyzq"}},
+		{"at the end", &blocktest.CrashOptions{AtEnd: true}, func(t *testing.T, r *blocktest.Recorder) {
+			writeAt(t, r, sector("a"), 0)
+			writeAt(t, r, sector("b"), 512)
+			syncDev(t, r)
+			writeAt(t, r, sector("c"), 1024)
+			writeAt(t, r, sector("d"), 1536)
+		}, []string{"ab..", "ab.d", "abc.", "abcd"}},
 		{"torn with garbage", &blocktest.CrashOptions{Garbage: true, Tears: 1, Seed: 1}, func(t *testing.T, r *blocktest.Recorder) {
 			writeAt(t, r, sector("xy"), 512)
 		}, []string{"....", ".?y.", ".x?.", ".xy."}},

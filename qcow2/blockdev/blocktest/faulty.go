@@ -32,7 +32,7 @@ type Faulty struct {
 
 	mu    sync.Mutex
 	calls int
-	fired bool
+	fired OpKind
 }
 
 // NewFaulty returns d with a fault. Err has to be set when Call is.
@@ -44,7 +44,10 @@ func NewFaulty(d blockdev.Device, fault Fault) *Faulty {
 }
 
 // Fired reports whether a call has failed.
-func (f *Faulty) Fired() bool {
+func (f *Faulty) Fired() bool { return f.FiredKind() != 0 }
+
+// FiredKind returns the kind of the call that has failed first, 0 if none has.
+func (f *Faulty) FiredKind() OpKind {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.fired
@@ -68,7 +71,9 @@ func (f *Faulty) next(kind OpKind) error {
 	if f.fault.Call == 0 || f.calls < f.fault.Call || f.calls > f.fault.Call && !f.fault.Sticky {
 		return nil
 	}
-	f.fired = true
+	if f.fired == 0 {
+		f.fired = kind
+	}
 	return f.fault.Err
 }
 
