@@ -6,7 +6,10 @@ import (
 	"math"
 )
 
-const bitmapEntrySize = 24 // bytes of a directory entry before extra data and name
+const (
+	bitmapEntrySize   = 24 // bytes of a directory entry before extra data and name
+	bitmapFlagsOffset = 12 // of the flags in an entry
+)
 
 // BitmapFlags are the flags of a bitmap directory entry.
 type BitmapFlags uint32
@@ -119,9 +122,21 @@ func (b *Bitmap) check(g *geometry, size int64) error {
 	return nil
 }
 
+// entrySize returns the bytes of the directory entry with its padding.
+func (b *Bitmap) entrySize() int64 {
+	return (bitmapEntrySize + int64(len(b.ExtraData)) + int64(len(b.Name)) + 7) &^ 7
+}
+
 // Bitmaps reads the bitmap directory. An image without bitmaps, or whose
-// autoclear bit says that they are stale, has none.
+// autoclear bit says that they are stale, has none. On an image that is being
+// written, those that record writes are in use.
 func (im *Image) Bitmaps() ([]Bitmap, error) {
+	im.mu.RLock()
+	defer im.mu.RUnlock()
+	return im.readBitmaps()
+}
+
+func (im *Image) readBitmaps() ([]Bitmap, error) {
 	ext, ok := im.header.Bitmaps()
 	if !ok {
 		return nil, nil

@@ -1,0 +1,121 @@
+package qcow2
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+
+	"qimg/qcow2/blockdev"
+)
+
+// bitmapTracker is what an image that is being written keeps of its bitmaps.
+type bitmapTracker struct {
+	inUse       []int // places in the directory of the bitmaps that record writes
+	granularity uint8 // log2 of the finest of them
+	set         dirtySet
+}
+
+// bitmapsBegin marks the bitmaps that record writes as in use, on disk, before
+// the first change of the guest's data. Order: flags, sync. Bitmaps that are
+// disabled are not touched, as nothing will change them. After the first call it
+// does nothing until bitmapsEnd.
+func (im *Image) bitmapsBegin(ctx context.Context) error {
+	if im.w.bitmaps != nil {
+		return nil
+	}
+	list, err := im.readBitmaps()
+	if err != nil {
+		return err
+	}
+	tr := &bitmapTracker{granularity: maxBitmapGranularity}
+	ext, _ := im.header.Bitmaps()
+	at := int64(ext.DirectoryOffset)
+	for i := range list {
+		b := &list[i]
+		if b.Flags == BitmapAuto {
+			if err := im.checkTableSize(b, im.header.bitmapSize()); err != nil {
+				return err
+			}
+			flags := binary.BigEndian.AppendUint32(nil, uint32(b.Flags|BitmapInUse))
+			if _, err := im.w.dev.WriteAt(flags, at+bitmapFlagsOffset); err != nil {
+				return fmt.Errorf("qcow2: bitmap %q: mark in use at %#x: %w", b.Name, at, err)
+			}
+			tr.inUse = append(tr.inUse, i)
+			tr.granularity = min(tr.granularity, b.GranularityBits)
+		}
+		at += b.entrySize()
+	}
+	if len(tr.inUse) > 0 {
+		if err := blockdev.Sync(im.w.dev); err != nil {
+			return err
+		}
+	}
+	im.w.bitmaps = tr
+	return nil
+}
+
+// bitmapsDirty records that n bytes of the guest at off change. What lies behind
+// the end of the disk is not recorded.
+func (im *Image) bitmapsDirty(off, n int64) {
+	tr := im.w.bitmaps
+	if end := min(off+n, im.header.bitmapSize()); tr != nil && len(tr.inUse) > 0 && off < end {
+		tr.set.add(off>>tr.granularity, (end-1)>>tr.granularity+1)
+	}
+}
+
+// bitmapsRelieve stores what is recorded when it takes much memory. The bitmaps
+// stay in use.
+func (im *Image) bitmapsRelieve(ctx context.Context) error {
+	tr := im.w.bitmaps
+	if tr == nil || !tr.set.full() {
+		return nil
+	}
+	if err := im.storeBitmaps(ctx, BitmapAuto|BitmapInUse); err != nil {
+		return err
+	}
+	tr.set = dirtySet{}
+	return nil
+}
+
+// bitmapsEnd stores what is recorded in the bitmaps that bitmapsBegin marked,
+// which are then in use no longer. If it is not called they are inconsistent.
+func (im *Image) bitmapsEnd(ctx context.Context) error {
+	if im.w == nil || im.w.bitmaps == nil {
+		return nil
+	}
+	if len(im.w.bitmaps.inUse) > 0 {
+		if err := im.storeBitmaps(ctx, BitmapAuto); err != nil {
+			return err
+		}
+	}
+	im.w.bitmaps = nil
+	return nil
+}
+
+// storeBitmaps stores what is recorded, as one transaction.
+func (im *Image) storeBitmaps(ctx context.Context, flags BitmapFlags) error {
+	tr := im.w.bitmaps
+	t, err := im.begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer t.abort()
+	list, err := im.readBitmaps()
+	if err != nil {
+		return err
+	}
+	for _, i := range tr.inUse {
+		b := &list[i]
+		err := t.setBits(ctx, b, func(f func(first, end int64) error) error {
+			return tr.set.each(rescale(f, tr.granularity, b.GranularityBits))
+		})
+		if err != nil {
+			return err
+		}
+		b.Flags = flags
+	}
+	if err := t.writeBitmaps(list); err != nil {
+		return err
+	}
+	return t.commit()
+}
