@@ -16,12 +16,12 @@ type bitmapTracker struct {
 }
 
 // bitmapsBegin marks the bitmaps that record writes as in use, on disk, before
-// the first change of the guest's data. Order: flags, sync. Bitmaps that are
-// disabled are not touched, as nothing will change them. After the first call it
-// does nothing until bitmapsEnd.
+// a change of the guest's data. Order: flags, sync. Bitmaps that are disabled are
+// not touched, as nothing will change them. Later calls, until bitmapsEnd, only
+// store what is recorded when it takes much memory.
 func (im *Image) bitmapsBegin(ctx context.Context) error {
 	if im.w.bitmaps != nil {
-		return nil
+		return im.bitmapsRelieve(ctx)
 	}
 	list, err := im.readBitmaps()
 	if err != nil {
@@ -67,7 +67,7 @@ func (im *Image) bitmapsDirty(off, n int64) {
 // stay in use.
 func (im *Image) bitmapsRelieve(ctx context.Context) error {
 	tr := im.w.bitmaps
-	if tr == nil || !tr.set.full() {
+	if !tr.set.full() {
 		return nil
 	}
 	if err := im.storeBitmaps(ctx, BitmapAuto|BitmapInUse); err != nil {
@@ -95,7 +95,7 @@ func (im *Image) bitmapsEnd(ctx context.Context) error {
 // storeBitmaps stores what is recorded, as one transaction.
 func (im *Image) storeBitmaps(ctx context.Context, flags BitmapFlags) error {
 	tr := im.w.bitmaps
-	t, err := im.begin(ctx)
+	t, err := im.start(ctx)
 	if err != nil {
 		return err
 	}

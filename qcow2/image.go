@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -330,6 +331,9 @@ func (im *Image) Close() error {
 func (im *Image) finish() error {
 	if im.w.err != nil {
 		return im.w.err
+	}
+	if err := im.bitmapsEnd(context.Background()); err != nil {
+		return err
 	}
 	return im.fail(im.flush())
 }

@@ -81,6 +81,9 @@ func (im *Image) mapTables() error {
 			add(int64(s.L1TableOffset), int64(s.L1Size)*l1EntrySize)
 		}
 	}
+	if x, ok := h.Bitmaps(); ok {
+		add(int64(x.DirectoryOffset), int64(x.DirectorySize))
+	}
 	if x, ok := h.Crypto(); ok {
 		add(int64(x.Offset), int64(x.Length))
 	}

@@ -38,8 +38,17 @@ type txn struct {
 	done     bool
 }
 
-// begin starts a transaction, after everything before it was flushed.
+// begin starts a transaction, after everything before it was flushed, and the
+// writes that bitmaps record stored.
 func (im *Image) begin(ctx context.Context) (*txn, error) {
+	if err := im.bitmapsEnd(ctx); err != nil {
+		return nil, err
+	}
+	return im.start(ctx)
+}
+
+// start is begin without the bitmaps.
+func (im *Image) start(ctx context.Context) (*txn, error) {
 	if im.w.txn != nil {
 		panic("qcow2: internal error: transaction in a transaction")
 	}

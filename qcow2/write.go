@@ -26,10 +26,11 @@ type writeState struct {
 	// frees are references that are given up when L2 entries are on disk.
 	frees []freedRange
 
-	unsynced bool  // something was written since the last flush
-	prepared bool  // the image says that it is being written
-	txn      *txn  // that goes on
-	err      error // the first failure: nothing is written after it
+	unsynced bool           // something was written since the last flush
+	prepared bool           // the image says that it is being written
+	bitmaps  *bitmapTracker // nil: no bitmap is marked in use
+	txn      *txn           // that goes on
+	err      error          // the first failure: nothing is written after it
 }
 
 type dirtySlice struct {
@@ -136,12 +137,12 @@ func (im *Image) mayChange(op string) error {
 	return nil
 }
 
-// prepare is called before the first change of the image after opening: the
+// prepare is called before each change of guest data. Before the first one the
 // autoclear features that this package does not know are cleared, and bitmaps
 // marked in use.
 func (im *Image) prepare() error {
 	if im.w.prepared {
-		return nil
+		return im.bitmapsBegin(context.Background())
 	}
 	h := im.header
 	h.AutoclearFeatures &= AutoclearBitmaps | AutoclearDataFileRaw
@@ -152,7 +153,7 @@ func (im *Image) prepare() error {
 		im.header = h
 	}
 	im.w.prepared = true
-	return nil
+	return im.bitmapsBegin(context.Background())
 }
 
 // change runs a change of guest data of n bytes at off.
@@ -177,6 +178,7 @@ func (im *Image) change(op string, off, n int64, do func() error) error {
 		return im.fail(err)
 	}
 	im.w.unsynced = true
+	im.bitmapsDirty(off, n)
 	return im.fail(do())
 }
 

@@ -84,7 +84,7 @@ func newRoot(host Host) *cobra.Command {
 		root.SetHelpTemplate(versionText(host.name) +
 			"usage: qemu-img [standard options] command [command options]\n" + root.HelpTemplate())
 	}
-	root.AddCommand(newBuild(host), newCreate(host), newInfo(host), newCheck(host))
+	root.AddCommand(newBuild(host), newCreate(host), newInfo(host), newCheck(host), newBitmap(host))
 	for _, c := range root.Commands() {
 		useGetopt(c)
 	}
