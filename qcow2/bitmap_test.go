@@ -269,20 +269,13 @@ func TestBitmapSteps(t *testing.T) {
 		[]string{"sync", "add d 2097152", "merge d a", "merge a c", "merge b b", "enable b", "write 500000 5", "remove c"},
 		[]string{"merge a x " + other, "merge b x " + other, "merge a y " + other, "merge d y " + other, "zero 3000000 3000000"},
 		[]string{"disable a", "discard 8000000 1000", "clear d", "write 333333 3333", "merge b a", "remove a", "write 2222222 2222"})
-	for _, opts := range []string{"cluster_size=512", "cluster_size=65536", "cluster_size=4096,refcount_bits=1", "extended_l2=on", "data_file=" + filepath.Join(dir, "raw")} {
+	for _, opts := range []string{"cluster_size=512,refcount_bits=1", "cluster_size=65536", "extended_l2=on,data_file=RAW"} {
 		t.Run(opts, func(t *testing.T) {
 			dir := t.TempDir()
-			if strings.HasPrefix(opts, "data_file=") { // each copy has its own
-				opts = ""
-			}
 			paths := map[string]string{}
 			for _, who := range []string{"qemu", "each", "once"} {
 				paths[who] = filepath.Join(dir, who+".qcow2")
-				o := opts
-				if o == "" {
-					o = "data_file=" + filepath.Join(dir, who+".raw")
-				}
-				create(paths[who], o)
+				create(paths[who], strings.ReplaceAll(opts, "RAW", paths[who]+".raw"))
 			}
 			once := openWrite(t, paths["once"])
 			for _, s := range steps {
@@ -330,4 +323,3 @@ func TestBitmapSteps(t *testing.T) {
 		})
 	}
 }
-
