@@ -60,6 +60,9 @@ type CreateOptions struct {
 // on dst, as qemu-img create does. For dst see Writer. Options that do not go
 // together are an OptionError.
 //
+// An encrypted image of version 2 cannot say that preallocated clusters are
+// zero: they read as what zeroes decrypt to, as in QEMU.
+//
 // Order of writes: tables, preallocated data, the data file's size, the header
 // last. Create does not sync.
 func Create(ctx context.Context, dst blockdev.Device, size int64, opts *CreateOptions) error {
@@ -99,7 +102,10 @@ func Create(ctx context.Context, dst blockdev.Device, size int64, opts *CreateOp
 		return err
 	}
 
-	w := newWriter(dst, h)
+	w, err := newWriter(dst, h, &opts.FormatOptions)
+	if err != nil {
+		return err
+	}
 	if prealloc != PreallocationOff {
 		w.plan, err = newPlan(extents(0, w.Size()), w.Size(), w.geo.clusterBits, true)
 		if err != nil {
@@ -107,11 +113,16 @@ func Create(ctx context.Context, dst blockdev.Device, size int64, opts *CreateOp
 		}
 	}
 	// The subclusters of preallocated clusters stay unallocated: a backing
-	// file shows through.
+	// file shows through. Without them, what is preallocated of an encrypted
+	// image has to be said to be zero: decrypted, its zeroes are none.
 	const bitmap = 0
+	flags := uint64(0)
+	if w.crypt != nil && h.Version >= 3 && !opts.ExtendedL2 {
+		flags = oflagZero
+	}
 	if opts.DataFile != "" {
 		same := func(cluster, _ int64) int64 { return cluster << w.geo.clusterBits }
-		if err := w.writeTables(ctx, same, 0, bitmap); err != nil {
+		if err := w.writeTables(ctx, same, 0, flags, bitmap); err != nil {
 			return err
 		}
 		if err := sizeDataFile(opts.Data, w.Size()); err != nil {
@@ -123,7 +134,7 @@ func Create(ctx context.Context, dst blockdev.Device, size int64, opts *CreateOp
 		return w.Finish()
 	}
 	clusters := w.plan.clusters()
-	if err := w.writeTables(ctx, w.host, clusters, bitmap); err != nil {
+	if err := w.writeTables(ctx, w.host, clusters, flags, bitmap); err != nil {
 		return err
 	}
 	if err := setAside(ctx, dst, w.host(0, 0), clusters<<w.geo.clusterBits, prealloc, opts.Progress); err != nil {

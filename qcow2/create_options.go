@@ -25,6 +25,7 @@ type FormatOptions struct {
 	LazyRefcounts bool            // version 3 only
 	BackingFile   string          // name as it is stored, at most 1023 bytes; "": none
 	BackingFormat string          // format of the backing file; "": not stored
+	Encrypt       EncryptOptions
 }
 
 // sectorSize is what virtual sizes are multiples of.
@@ -91,6 +92,14 @@ func (o *FormatOptions) header(size int64) (Header, error) {
 	h.BackingFile = o.BackingFile
 	if o.BackingFormat != "" {
 		h.Extensions = append(h.Extensions, Extension{extBackingFormat, []byte(o.BackingFormat)})
+	}
+	luks, err := o.Encrypt.check()
+	if err != nil {
+		return h, err
+	}
+	h.CryptMethod = o.Encrypt.Method
+	if luks != nil { // in the second cluster, see Writer.host
+		h.Extensions = append(h.Extensions, Extension{extCrypto, CryptoExtension{uint64(h.ClusterSize()), uint64(luks.PayloadOffset)}.appendTo(nil)})
 	}
 	if len(o.BackingFile) > maxBackingFileSize || len(o.BackingFormat) > maxBackingFormatSize {
 		return h, optionError("Could not assign backing file '%s' with format '%s': Invalid argument", o.BackingFile, o.BackingFormat)

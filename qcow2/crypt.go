@@ -306,7 +306,7 @@ func (im *Image) unlock(id string) error {
 		return err
 	}
 	x, _ := im.header.Crypto() // LUKS has checked that it is there
-	im.crypt, err = newLUKSCrypt(&h, passphrase, func(p []byte, off int64) error {
+	im.crypt, err = newLUKSCrypt(&h, passphrase, maxKeyWork, func(p []byte, off int64) error {
 		if uint64(off+int64(len(p))) > x.Length { // off and p are those of a key slot
 			return fmt.Errorf("%d bytes at %#x, which the encryption header of %d bytes has not: %w", len(p), off, x.Length, ErrCorrupt)
 		}

@@ -40,15 +40,16 @@ func newHash(name string) (func() hash.Hash, error) {
 type keyDeriver struct {
 	hash func() hash.Hash
 	size int64 // of a hash in bytes
-	left int64 // see maxKeyWork
+	max  int64 // hashes, see maxKeyWork
+	left int64 // of max
 }
 
-func newKeyDeriver(hashSpec string) (*keyDeriver, error) {
+func newKeyDeriver(hashSpec string, work int64) (*keyDeriver, error) {
 	h, err := newHash(hashSpec)
 	if err != nil {
 		return nil, err
 	}
-	return &keyDeriver{h, int64(h().Size()), maxKeyWork}, nil
+	return &keyDeriver{h, int64(h().Size()), work, work}, nil
 }
 
 // work returns what a key of n bytes takes, counted as maxKeyWork.
@@ -60,19 +61,20 @@ func (d *keyDeriver) key(secret, salt []byte, iterations uint32, n int) ([]byte,
 	work := d.work(n, iterations)
 	if work > d.left {
 		return nil, fmt.Errorf("a key of %d bytes by %d iterations, after %d of %d hashes for the slots before: %w",
-			n, iterations, maxKeyWork-d.left, maxKeyWork, ErrLimit)
+			n, iterations, d.max-d.left, d.max, ErrLimit)
 	}
 	d.left -= work
-	return pbkdf2.Key(d.hash, string(secret), salt, int(iterations), n) // iterations <= maxKeyWork
+	return pbkdf2.Key(d.hash, string(secret), salt, int(iterations), n) // iterations <= maxKeyWork, an int
 }
 
 // newLUKSCrypt opens the first key slot of a LUKS header that the passphrase
-// fits, as QEMU does. read fills p from an offset behind the header's start.
-func newLUKSCrypt(h *LUKSHeader, passphrase []byte, read func(p []byte, off int64) error) (*crypt, error) {
+// fits, as QEMU does, with so much work at most. read fills p from an offset
+// behind the header's start.
+func newLUKSCrypt(h *LUKSHeader, passphrase []byte, work int64, read func(p []byte, off int64) error) (*crypt, error) {
 	if h.CipherName != "aes" {
 		return nil, fmt.Errorf("cipher %q, expected aes: %w", h.CipherName, ErrUnsupported)
 	}
-	d, err := newKeyDeriver(h.HashSpec)
+	d, err := newKeyDeriver(h.HashSpec, work)
 	if err != nil {
 		return nil, err
 	}

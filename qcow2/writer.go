@@ -59,6 +59,10 @@ type WriterOptions struct {
 // Clusters of zeroes are not stored, those that do not get smaller are stored
 // as they are.
 //
+// With encryption all of that is the same, since what is never written would
+// not read as zeroes, but clusters are encrypted, not compressed. Both together
+// are refused, as by QEMU.
+//
 // The device has to read as zeroes. If its size is 0 the Writer gives it the
 // size it needs, by Truncate; otherwise it has to be large enough.
 //
@@ -81,7 +85,11 @@ type Writer struct {
 	done     atomic.Bool
 	failed   atomic.Pointer[error] // the first error
 
-	ordered *orderedWriter // nil: not compressed
+	crypt     *crypt // nil: not encrypted
+	cryptArea []byte // what is not zero of the encryption header, which lies in the second cluster
+	first     int64  // cluster behind the header and the encryption header
+
+	ordered *orderedWriter // nil: not compressed, not encrypted
 }
 
 // NewWriter begins an image of size bytes, rounded up to a multiple of 512, on
@@ -92,6 +100,9 @@ func NewWriter(ctx context.Context, dst blockdev.Device, size int64, opts *Write
 	if opts == nil {
 		opts = &WriterOptions{}
 	}
+	if opts.Compress && opts.Encrypt.Method != CryptNone {
+		return nil, OptionError("Compression and encryption not supported at the same time")
+	}
 	h, err := opts.header(size)
 	if err != nil {
 		return nil, err
@@ -100,16 +111,19 @@ func NewWriter(ctx context.Context, dst blockdev.Device, size int64, opts *Write
 	if _, err := h.firstCluster(); err != nil {
 		return nil, err
 	}
-	w := newWriter(dst, h)
+	w, err := newWriter(dst, h, &opts.FormatOptions)
+	if err != nil {
+		return nil, err
+	}
 	w.sync = opts.Sync
 	w.plan, err = newPlan(opts.Extents, int64(h.Size), w.geo.clusterBits, h.BackingFile != "")
 	if err != nil {
 		return nil, err
 	}
-	if opts.Compress {
-		w.ordered, err = newOrderedWriter(w)
+	if opts.Compress || w.crypt != nil {
+		w.ordered, err = newOrderedWriter(w, opts.Compress)
 	} else {
-		err = w.writeTables(ctx, w.host, w.plan.clusters(), subclusterAllocMask)
+		err = w.writeTables(ctx, w.host, w.plan.clusters(), 0, subclusterAllocMask)
 	}
 	if err != nil {
 		return nil, err
@@ -117,8 +131,19 @@ func NewWriter(ctx context.Context, dst blockdev.Device, size int64, opts *Write
 	return w, nil
 }
 
-func newWriter(dst blockdev.Device, h Header) *Writer {
-	return &Writer{dst: dst, growable: dst.Size() == 0, header: h, geo: h.geometry()}
+// newWriter makes the keys of the image, if it is to be encrypted. h is the
+// header for the options.
+func newWriter(dst blockdev.Device, h Header, opts *FormatOptions) (*Writer, error) {
+	w := &Writer{dst: dst, growable: dst.Size() == 0, header: h, geo: h.geometry(), first: 1}
+	luks, err := opts.Encrypt.check()
+	if err != nil {
+		return nil, err
+	}
+	if luks != nil {
+		w.first += w.geo.clusters(luks.PayloadOffset)
+	}
+	w.crypt, w.cryptArea, err = opts.Encrypt.create(luks)
+	return w, err
 }
 
 // Size returns the virtual size in bytes.
@@ -135,12 +160,13 @@ func (w *Writer) Granularity() int64 {
 }
 
 // host returns the place of a planned cluster that is not compressed.
-func (w *Writer) host(_, rank int64) int64 { return (1 + rank) << w.geo.clusterBits }
+func (w *Writer) host(_, rank int64) int64 { return (w.first + rank) << w.geo.clusterBits }
 
 // writeTables writes the final tables of an image that is not compressed,
-// behind the header and so many clusters of data.
-func (w *Writer) writeTables(ctx context.Context, host func(cluster, rank int64) int64, data int64, bitmap uint64) error {
-	l2 := 1 + data
+// behind the headers and so many clusters of data. flags are set in all L2
+// entries, bitmap is their second word if they are extended.
+func (w *Writer) writeTables(ctx context.Context, host func(cluster, rank int64) int64, data int64, flags, bitmap uint64) error {
+	l2 := w.first + data
 	l1 := l2
 	for range w.plan.tables(w.geo.l2Bits) {
 		l1++
@@ -153,8 +179,13 @@ func (w *Writer) writeTables(ctx context.Context, host func(cluster, rank int64)
 	if err := w.grow(used + blocks + clusters); err != nil {
 		return err
 	}
+	if len(w.cryptArea) > 0 {
+		if _, err := w.dst.WriteAt(w.cryptArea, w.geo.clusterSize); err != nil {
+			return err
+		}
+	}
 	t := newTableWriter(contextWriter{ctx, io.NewOffsetWriter(w.dst, l2<<w.geo.clusterBits)}, &w.geo)
-	t.l2Tables(w.plan, host, bitmap)
+	t.l2Tables(w.plan, host, oflagCopied|flags, bitmap)
 	t.l1Table(w.plan, int64(w.header.L1Size), l2)
 	at, clusters, err := t.refcounts(used, nil, make([]byte, w.geo.clusterSize), 0)
 	if err != nil {
@@ -388,6 +419,8 @@ type content struct {
 type orderedWriter struct {
 	w *Writer
 	c *compressor
+	// compress: else clusters are stored encrypted.
+	compress bool
 
 	mu     sync.Mutex
 	turn   sync.Cond         // next has changed, or the Writer has failed
@@ -403,17 +436,18 @@ type orderedWriter struct {
 	l2       []byte   // the L2 table being filled
 	l2Index  int64    // its index in the L1 table; -1: none
 	size     int64    // of the device, in clusters
+	secret   []byte   // the cluster that is being encrypted
 	out      []byte   // bytes to be written at outStart
 	outStart int64
 }
 
-func newOrderedWriter(w *Writer) (*orderedWriter, error) {
+func newOrderedWriter(w *Writer, compress bool) (*orderedWriter, error) {
 	c, err := newCompressor(w.header.CompressionType, w.geo.clusterSize)
 	if err != nil {
 		return nil, err
 	}
 	o := &orderedWriter{
-		w: w, c: c,
+		w: w, c: c, compress: compress,
 		parked:  map[int64]content{},
 		limit:   int(max(8, parkedBytes>>w.geo.clusterBits)),
 		alloc:   newAppender(&w.geo),
@@ -423,6 +457,17 @@ func newOrderedWriter(w *Writer) (*orderedWriter, error) {
 		out:     make([]byte, 0, max(tableBuffer, 2*w.geo.clusterSize)),
 	}
 	o.turn.L = &o.mu
+	o.alloc.clusters(w.first - 1)
+	for area, off := w.cryptArea, w.geo.clusterSize; len(area) > 0; off += w.geo.clusterSize {
+		n := min(int64(len(area)), w.geo.clusterSize)
+		if err := o.put(off, area[:n]); err != nil {
+			return nil, err
+		}
+		area = area[n:]
+	}
+	if w.crypt != nil {
+		o.secret = make([]byte, w.geo.clusterSize)
+	}
 	return o, nil
 }
 
@@ -487,6 +532,9 @@ func (o *orderedWriter) encode(p []byte) (content, error) {
 		c = o.copied(c)
 		*c.buf = append(*c.buf, make([]byte, short)...)
 		c.data = *c.buf
+	}
+	if !o.compress {
+		return c, nil
 	}
 	buf, err := o.c.compress(c.data)
 	if err != nil || buf == nil {
@@ -576,6 +624,13 @@ func (o *orderedWriter) place(c content) error {
 		}
 		off := o.alloc.clusters(1) << g.clusterBits
 		entry, bitmap = uint64(off)|oflagCopied, subclusterAllocMask
+		if o.w.crypt != nil {
+			copy(o.secret, c.data) // which can be the caller's
+			c.data = o.secret
+			if err := o.w.crypt.encrypt(c.data, c.cluster<<g.clusterBits, off); err != nil {
+				return err
+			}
+		}
 		if err := o.put(off, c.data); err != nil {
 			return err
 		}

@@ -57,8 +57,9 @@ func (w tableWriter) zeroes(n int64) {
 func (w tableWriter) pad(n int64) { w.zeroes(w.geo.clusters(n)<<w.geo.clusterBits - n) }
 
 // l2Tables writes the L2 tables of a plan. host gives the place of a planned
-// guest cluster; bitmap is the second word of extended entries.
-func (w tableWriter) l2Tables(p plan, host func(cluster, rank int64) int64, bitmap uint64) {
+// guest cluster; flags are set in all entries, bitmap is the second word of
+// extended ones.
+func (w tableWriter) l2Tables(p plan, host func(cluster, rank int64) int64, flags, bitmap uint64) {
 	entries := int64(1) << w.geo.l2Bits
 	table, next := int64(-1), entries // next entry of table
 	for _, r := range p {
@@ -73,7 +74,7 @@ func (w tableWriter) l2Tables(p plan, host func(cluster, rank int64) int64, bitm
 			}
 			entry := c & (entries - 1)
 			w.zeroes((entry - next) * w.geo.l2EntrySize)
-			w.uint64(uint64(host(c, r.rank+i)) | oflagCopied)
+			w.uint64(uint64(host(c, r.rank+i)) | flags)
 			if w.geo.extended {
 				w.uint64(bitmap)
 			}
