@@ -71,8 +71,9 @@ type TrialOptions struct {
 	// the last. 0 means 20 and 200, a negative number never.
 	EveryWrite, EveryOracle int
 
-	fault *blocktest.Fault
-	dos   []outcome // of a run without faults
+	fault   *blocktest.Fault
+	failing int       // which device has it
+	dos     []outcome // of a run without faults
 }
 
 // outcome is a state that a crash may leave.
@@ -131,8 +132,8 @@ func NewTrial(t testing.TB, dev *blockdev.Memory, opts *TrialOptions) *Trial {
 		}
 	}
 	if tr.opts.fault != nil {
-		tr.faulty = blocktest.NewFaulty(devs[0], *tr.opts.fault)
-		devs[0] = tr.faulty
+		tr.faulty = blocktest.NewFaulty(devs[tr.opts.failing], *tr.opts.fault)
+		devs[tr.opts.failing] = tr.faulty
 	}
 	tr.Image, err = tr.open(true, devs...)
 	if !tr.try("open", err) {
@@ -447,7 +448,7 @@ func (tr *Trial) TryVerify(opts *blocktest.CrashOptions) (n int, err error) {
 	return n, nil
 }
 
-// Faults are the failures of T2 of a device, each once or for good.
+// trialFaults are the ways in which a call of a device fails, once or for good.
 func trialFaults() []blocktest.Fault {
 	var list []blocktest.Fault
 	for _, sticky := range []bool{false, true} {
@@ -495,7 +496,12 @@ func TrialFaults(t testing.TB, dev *blockdev.Memory, opts *TrialOptions, step in
 	}
 	o.dos = good.dos
 	runs := 0
-	for i, fault := range trialFaults() {
+	faults := trialFaults()
+	if o.Data != nil {
+		faults = append(faults, faults...)
+	}
+	for i, fault := range faults {
+		o.failing = i / len(trialFaults())
 		for fault.Call = 1 + i%step; ; fault.Call += step {
 			tr := run(&fault)
 			runs++

@@ -93,12 +93,12 @@ func TestRecorderStates(t *testing.T) {
 }
 
 func TestRecorderRecordsOnlyWhatWasDone(t *testing.T) {
-	r, err := blocktest.NewRecorder(blocktest.NewFaulty(bare{blockdev.NewMemory(1000)},
+	r, err := blocktest.NewRecorder(blocktest.NewFaulty(bare{blockdev.NewMemory(1500)},
 		blocktest.Fault{Call: 1, Kind: blocktest.Write, Err: syscall.ENOSPC, Short: true}))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n, err := r.WriteAt(make([]byte, 100), 10); n != 50 || !errors.Is(err, syscall.ENOSPC) {
+	if n, err := r.WriteAt(make([]byte, 1200), 10); n != 502 || !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("short write: %d, %v", n, err)
 	}
 	if err := r.Truncate(5); !errors.Is(err, errors.ErrUnsupported) {
@@ -107,8 +107,8 @@ func TestRecorderRecordsOnlyWhatWasDone(t *testing.T) {
 	if err := r.Discard(5, 5); !errors.Is(err, errors.ErrUnsupported) {
 		t.Errorf("discard of a device that cannot: %v", err)
 	}
-	if ops := r.Ops(); len(ops) != 1 || ops[0].Kind != blocktest.Write || ops[0].Off != 10 || ops[0].N != 50 {
-		t.Errorf("recorded %v, want the half of one write", ops)
+	if ops := r.Ops(); len(ops) != 1 || ops[0].Kind != blocktest.Write || ops[0].Off != 10 || ops[0].N != 502 {
+		t.Errorf("recorded %v, want the first sector of one write", ops)
 	}
 }
 
@@ -150,15 +150,20 @@ func TestFaulty(t *testing.T) {
 func TestFaultyShort(t *testing.T) {
 	m := blockdev.NewMemory(1000)
 	f := blocktest.NewFaulty(m, blocktest.Fault{Call: 1, Err: syscall.ENOSPC, Short: true})
-	if n, err := f.WriteAt(bytes.Repeat([]byte{1}, 10), 0); n != 5 || !errors.Is(err, syscall.ENOSPC) {
+	if n, err := f.WriteAt(bytes.Repeat([]byte{1}, 900), 90); n != 422 || !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("short write: %d, %v", n, err)
 	}
-	if got, want := read(t, m)[:10], []byte{1, 1, 1, 1, 1, 0, 0, 0, 0, 0}; !bytes.Equal(got, want) {
+	want := append(append(make([]byte, 90), bytes.Repeat([]byte{1}, 422)...), make([]byte, 488)...)
+	if got := read(t, m); !bytes.Equal(got, want) {
 		t.Errorf("after a short write: %v, want %v", got, want)
 	}
 	f = blocktest.NewFaulty(m, blocktest.Fault{Call: 1, Err: syscall.EIO, Short: true})
+	if n, err := f.WriteAt(bytes.Repeat([]byte{2}, 200), 100); n != 0 || !errors.Is(err, syscall.EIO) || !bytes.Equal(read(t, m), want) {
+		t.Errorf("short write of a part of a sector: %d, %v", n, err)
+	}
+	f = blocktest.NewFaulty(m, blocktest.Fault{Call: 1, Err: syscall.EIO, Short: true})
 	p := make([]byte, 4)
-	if n, err := f.ReadAt(p, 3); n != 2 || !errors.Is(err, syscall.EIO) || !bytes.Equal(p, []byte{1, 1, 0, 0}) {
+	if n, err := f.ReadAt(p, 90); n != 2 || !errors.Is(err, syscall.EIO) || !bytes.Equal(p, []byte{1, 1, 0, 0}) {
 		t.Errorf("short read: %d, %v, %v", n, err, p)
 	}
 }

@@ -17,7 +17,8 @@ type Fault struct {
 	Kind OpKind
 	// Err is what the call returns: syscall.EIO, syscall.ENOSPC and so on.
 	Err error
-	// Short lets a failing read or write do the first half of its bytes.
+	// Short lets a failing read do the first half of its bytes, a failing write
+	// those whole sectors that end in the first half.
 	Short bool
 	// Sticky lets every counted call after that one fail too.
 	Sticky bool
@@ -98,7 +99,11 @@ func (f *Faulty) transfer(kind OpKind, do func([]byte, int64) (int, error), p []
 	if !f.fault.Short {
 		return 0, fault
 	}
-	n, err := do(p[:len(p)/2], off)
+	half := int64(len(p) / 2)
+	if kind == Write {
+		half = max((off+half)/SectorSize*SectorSize-off, 0)
+	}
+	n, err := do(p[:half], off)
 	if err != nil && !errors.Is(err, io.EOF) {
 		return n, err
 	}

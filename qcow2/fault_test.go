@@ -1,0 +1,34 @@
+package qcow2_test
+
+import (
+	"testing"
+
+	"qimg/qcow2"
+)
+
+// TestFaults lets one call of the device after the other fail while the guest
+// writes.
+func TestFaults(t *testing.T) {
+	step := 5
+	if *crashLong {
+		step = 1
+	}
+	runs := 0
+	for _, v := range variants() {
+		t.Run(v.name, func(t *testing.T) {
+			f := newFixture(t, v)
+			runs += qcow2.TrialFaults(t, f.dev, &qcow2.TrialOptions{Open: f.open, Data: f.data}, step, func(tr *qcow2.Trial) {
+				tr.Write(emptyAt*f.c+10, noise(40, int(f.c)*5/2))
+				tr.Write(compressedAt*f.c+70, noise(41, int(f.c)))
+				tr.Sync()
+				tr.Zero(mixedAt*f.c, 3*f.c)
+				tr.Write(emptyTableAt*f.c+10, noise(42, int(f.c)))
+				tr.Discard((plainAt+1)*f.c, 2*f.c)
+				tr.Sync()
+				tr.Write(plainAt*f.c+100, noise(43, int(f.c)))
+				tr.Write(zeroAllocAt*f.c+100, noise(44, int(f.c)))
+			})
+		})
+	}
+	t.Logf("%d runs", runs)
+}
