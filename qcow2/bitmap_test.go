@@ -257,10 +257,10 @@ func TestBitmapSteps(t *testing.T) {
 	dir := t.TempDir()
 	other := filepath.Join(dir, "other.qcow2")
 	const size = 9<<20 + 1536
-	create := func(path, opts string) {
+	create := func(t *testing.T, path, opts string) {
 		oracle.MustRun(t, "qemu-img", "create", "-q", "-f", "qcow2", "-o", opts, path, strconv.Itoa(size))
 	}
-	create(other, "cluster_size=1024")
+	create(t, other, "cluster_size=1024")
 	for _, s := range []string{"add x 1024", "add y 65536", "write 70000 5000", "write 800000 20000", fmt.Sprint("write ", size-1, " 1")} {
 		qemuStep(t, other, s)
 	}
@@ -269,13 +269,15 @@ func TestBitmapSteps(t *testing.T) {
 		[]string{"sync", "add d 2097152", "merge d a", "merge a c", "merge b b", "enable b", "write 500000 5", "remove c"},
 		[]string{"merge a x " + other, "merge b x " + other, "merge a y " + other, "merge d y " + other, "zero 3000000 3000000"},
 		[]string{"disable a", "discard 8000000 1000", "clear d", "write 333333 3333", "merge b a", "remove a", "write 2222222 2222"})
-	for _, opts := range []string{"cluster_size=512,refcount_bits=1", "cluster_size=65536", "extended_l2=on,data_file=RAW"} {
-		t.Run(opts, func(t *testing.T) {
+	for name, opts := range map[string]string{
+		"small": "cluster_size=512,refcount_bits=1", "default": "cluster_size=65536", "data file": "extended_l2=on,data_file=RAW",
+	} {
+		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
 			paths := map[string]string{}
 			for _, who := range []string{"qemu", "each", "once"} {
 				paths[who] = filepath.Join(dir, who+".qcow2")
-				create(paths[who], strings.ReplaceAll(opts, "RAW", paths[who]+".raw"))
+				create(t, paths[who], strings.ReplaceAll(opts, "RAW", paths[who]+".raw"))
 			}
 			once := openWrite(t, paths["once"])
 			for _, s := range steps {
