@@ -83,10 +83,15 @@ type bareError struct{ err error }
 func (e *bareError) Error() string { return e.err.Error() }
 func (e *bareError) Unwrap() error { return e.err }
 
-func (img *image) close() {
+// close closes the image. Of one that was written to it writes the rest first:
+// the error tells if that failed.
+func (img *image) close() error {
+	var errs []error
 	for _, c := range slices.Backward(img.closers) {
-		c.Close()
+		errs = append(errs, c.Close())
 	}
+	img.closers = nil
+	return errors.Join(errs...)
 }
 
 // reader returns the disk.

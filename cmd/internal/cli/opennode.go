@@ -211,6 +211,15 @@ func (o *opening) openQcow2(img, file *image, opts blockOptions, noBacking bool)
 	qo := &qcow2.OpenOptions{Write: o.write, ForceShare: o.forceShare, Backing: qcow2.BackingIgnore}
 	if o.chain {
 		qo.Backing = qcow2.BackingFollow
+		qo.Secret = func(r qcow2.SecretRequest) ([]byte, error) {
+			if r.Depth == 0 {
+				r.ID = l.str("encrypt.key-secret")
+			}
+			if r.ID == "" {
+				return nil, nil
+			}
+			return o.secrets.lookup(r.ID)
+		}
 	}
 	if img.qcow2, err = qcow2.New(img.dev, qo); err != nil {
 		if errors.Is(err, qcow2.ErrFormat) {
