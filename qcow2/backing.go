@@ -17,6 +17,10 @@ func (im *Image) openDataFile() error {
 		im.data = im.dev
 		return nil
 	}
+	if d := im.shared.opts.DataDevice; d != nil && im.id == 0 {
+		im.data = d
+		return nil
+	}
 	name := im.header.DataFile()
 	switch im.shared.opts.Backing {
 	case BackingIgnore:
@@ -49,6 +53,13 @@ func (im *Image) openDataFile() error {
 // openBacking sets im.backing.
 func (im *Image) openBacking() error {
 	name := im.header.BackingFile
+	if d := im.shared.opts.BackingDevice; d != nil && im.id == 0 {
+		im.backing, im.backingName = d, "given in its place"
+		if f, ok := d.(*blockdev.File); ok {
+			im.backingName = f.Name()
+		}
+		return nil
+	}
 	if name == "" || im.shared.opts.Backing == BackingIgnore {
 		return nil
 	}
@@ -265,7 +276,9 @@ func (im *Image) openReference(r reference, write bool) (*blockdev.File, error) 
 		if !ok {
 			return nil, fmt.Errorf("%q is relative to an image that is no file: %w", r.path, ErrBacking)
 		}
-		r.path = filepath.Join(filepath.Dir(f.Name()), r.path)
+		// Not filepath.Join: it would take "a/link/../b" for "a/b".
+		dir, _ := filepath.Split(f.Name())
+		r.path = dir + r.path
 	}
 	return im.shared.openFile(r.path, write)
 }

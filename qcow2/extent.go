@@ -69,20 +69,27 @@ func (im *Image) piece(off, limit int64) (e blockdev.Extent, joins bool, err err
 		if im.backing == nil && im.header.BackingFile != "" {
 			return e, false, im.noFile("backing file", im.header.BackingFile)
 		}
-		if im.backing == nil || off >= im.backing.Size() {
+		if im.backing == nil || off >= sectors(im.backing.Size()) {
 			e.Kind = blockdev.Unallocated
 			return e, true, nil
 		}
-		e, joins, err = backingPiece(im.backing, off, min(r.n, im.backing.Size()-off))
+		e, joins, err = backingPiece(im.backing, off, min(r.n, sectors(im.backing.Size())-off))
 		e.Depth++
 		return e, joins, im.inBacking(err)
 	}
 	return e, true, nil
 }
 
+// sectors rounds a size up to sectors, which is what a guest sees of a raw
+// backing file.
+func sectors(n int64) int64 { return (n + sectorSize - 1) &^ (sectorSize - 1) }
+
 func backingPiece(dev blockdev.Reader, off, limit int64) (blockdev.Extent, bool, error) {
 	if im, ok := dev.(*Image); ok {
 		return im.piece(off, limit)
+	}
+	if off >= dev.Size() { // the rest of the last sector
+		return blockdev.Extent{Off: off, Len: limit, Kind: blockdev.Zero, Host: dev, HostOff: off}, true, nil
 	}
 	e, err := blockdev.NextExtent(dev, off)
 	e.Len = min(e.Len, limit)

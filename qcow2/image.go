@@ -46,6 +46,11 @@ type OpenOptions struct {
 	ForceShare, NoLock bool
 	// Backing says whether other files are opened, in the whole chain.
 	Backing BackingPolicy
+	// BackingDevice and DataDevice, if set, are read in place of the backing and
+	// of the external data file that the image names; an empty BackingDevice
+	// makes it an image without a backing file. They stay open. With Write
+	// DataDevice has to be a blockdev.Device.
+	BackingDevice, DataDevice blockdev.Reader
 	// Snapshot is the id or the name of a snapshot whose content is read in
 	// place of the active one; an id goes before a name.
 	Snapshot string

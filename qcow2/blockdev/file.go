@@ -139,6 +139,19 @@ func (f *File) Locked() bool { return f.locked }
 // Size returns the size in bytes.
 func (f *File) Size() int64 { return f.size.Load() }
 
+// Allocated returns how many bytes of the disk the file takes, without its
+// holes where the system tells.
+func (f *File) Allocated() (int64, error) {
+	if f.closed.Load() {
+		return 0, f.errClosed("stat")
+	}
+	info, err := f.f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	return allocated(info), nil
+}
+
 // Close closes the file, which gives back its locks. It does not sync.
 func (f *File) Close() error {
 	if f.closed.Swap(true) {

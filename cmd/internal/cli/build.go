@@ -338,7 +338,7 @@ func (d *disk) outputError(err error) error {
 	if strings.Contains(err.Error(), d.output) || errors.Is(err, context.Canceled) {
 		return err
 	}
-	return prefixed(d.output, err)
+	return prefixError(d.output, err)
 }
 
 // printable replaces what a terminal would take for a command.

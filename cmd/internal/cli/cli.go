@@ -84,7 +84,14 @@ func newRoot(host Host) *cobra.Command {
 		root.SetHelpTemplate(versionText(host.name) +
 			"usage: qemu-img [standard options] command [command options]\n" + root.HelpTemplate())
 	}
-	root.AddCommand(newBuild(host), newCreate(host), newInfo(host), newCheck(host), newBitmap(host))
+	root.AddCommand(
+		newBitmap(host),
+		newBuild(host),
+		newCheck(host),
+		newCreate(host),
+		newInfo(host),
+		newMap(host),
+	)
 	for _, c := range root.Commands() {
 		useGetopt(c)
 	}

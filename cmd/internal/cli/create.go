@@ -77,18 +77,9 @@ func runCreate(ctx context.Context, host Host, o *createOptions, args []string) 
 		return usagef("Unexpected argument: %s", args[2])
 	}
 	if err := create(ctx, host, o, list, args[0], size); err != nil {
-		return prefixed(args[0], err)
+		return prefixError(args[0], err)
 	}
 	return nil
-}
-
-// prefixed puts the name of a file before a message, and keeps its hint.
-func prefixed(name string, err error) error {
-	var cmd *cmdError
-	if errors.As(err, &cmd) {
-		return withHint(fmt.Errorf("%s: %w", name, cmd.err), cmd.hint)
-	}
-	return fmt.Errorf("%s: %w", name, err)
 }
 
 func createHelp(host Host, format string, withFile bool) error {

@@ -124,7 +124,7 @@ func queryInfo(name string, o *openOptions) (*imageInfo, error) {
 	if info.file, err = img.file.OS().Stat(); err != nil {
 		return nil, err
 	}
-	if info.allocated, err = allocated(img.file.OS()); err != nil {
+	if info.allocated, err = img.file.Allocated(); err != nil {
 		return nil, err
 	}
 	if img.qcow2 == nil {

@@ -120,11 +120,16 @@ func couldNotOpen(name string, err error) error {
 	if bare := (*bareError)(nil); errors.As(err, &bare) {
 		return err
 	}
+	return prefixError(fmt.Sprintf("Could not open '%s'", name), err)
+}
+
+// prefixError puts text before the message of an error, and keeps its hint.
+func prefixError(text string, err error) error {
 	var cmd *cmdError
 	if errors.As(err, &cmd) {
-		return withHint(messagef("Could not open '%s': %w", name, cmd.err), cmd.hint)
+		return withHint(fmt.Errorf("%s: %w", text, cmd.err), cmd.hint)
 	}
-	return messagef("Could not open '%s': %w", name, err)
+	return fmt.Errorf("%s: %w", text, err)
 }
 
 func lockHint(name string) string {

@@ -221,19 +221,102 @@ func (o *opening) openQcow2(img, file *image, opts blockOptions, noBacking bool)
 			return o.secrets.lookup(r.ID)
 		}
 	}
-	if img.qcow2, err = qcow2.New(img.dev, qo); err != nil {
-		if errors.Is(err, qcow2.ErrFormat) {
-			return messagef("Image is not in qcow2 format")
-		}
+	if err := o.openData(img, opts, qo); err != nil {
 		return err
+	}
+	if noBacking {
+		qo.BackingDevice = blockdev.NewMemory(0)
+	} else if err := o.openBacking(img, opts, qo); err != nil {
+		return err
+	}
+	if img.qcow2, err = qcow2.New(img.dev, qo); err != nil {
+		return qcow2Error(err)
 	}
 	img.closers = append(img.closers, img.qcow2)
 	h := img.qcow2.Header()
 	if err := checkRuntimeOptions(l, &h); err != nil {
 		return err
 	}
+	if qo.DataDevice != nil && h.IncompatibleFeatures&qcow2.IncompatDataFile == 0 {
+		return messagef("'data-file' can only be set for images with an external data file")
+	}
 	img.setName(file, strong)
 	return nil
+}
+
+func qcow2Error(err error) error {
+	if errors.Is(err, qcow2.ErrFormat) {
+		return messagef("Image is not in qcow2 format")
+	}
+	return err
+}
+
+// openData opens the external data file that the options name.
+func (o *opening) openData(img *image, opts blockOptions, qo *qcow2.OpenOptions) error {
+	sub := opts.take("data-file.")
+	ref, isRef := opts.str("data-file")
+	delete(opts, "data-file")
+	switch {
+	case !o.chain:
+		return nil
+	case isRef:
+		return noNode(ref)
+	case len(sub) == 0:
+		return nil
+	}
+	data, err := o.open(nil, sub, true)
+	if err != nil {
+		return err
+	}
+	img.closers = append(img.closers, data.closers...)
+	qo.DataDevice = data.reader()
+	return nil
+}
+
+// openBacking opens the backing file that the options name or describe.
+func (o *opening) openBacking(img *image, opts blockOptions, qo *qcow2.OpenOptions) error {
+	if !o.chain {
+		return nil
+	}
+	sub := opts.take("backing.")
+	ref, isRef := opts.str("backing")
+	switch {
+	case isRef:
+		return messagef("Could not open backing file: %w", noNode(ref))
+	case len(sub) == 0:
+		return nil
+	}
+	h, err := headerOf(img.dev)
+	if err != nil {
+		return qcow2Error(err)
+	}
+	var name *string
+	if _, ok := sub["file.filename"]; !ok && h.BackingFile != "" {
+		full := combinePath(img.file.Name(), h.BackingFile)
+		name = &full
+	}
+	if _, ok := sub["driver"]; !ok && h.BackingFormat() != "" {
+		sub["driver"] = h.BackingFormat()
+	}
+	below := *o
+	below.write = false
+	backing, err := below.open(name, sub, false)
+	if err != nil {
+		return prefixError("Could not open backing file", err)
+	}
+	img.closers = append(img.closers, backing.closers...)
+	qo.BackingDevice = backing.reader()
+	return nil
+}
+
+// headerOf reads the header of an image.
+func headerOf(dev blockdev.Reader) (h qcow2.Header, err error) {
+	im, err := qcow2.New(dev, &qcow2.OpenOptions{Backing: qcow2.BackingIgnore})
+	if err != nil {
+		return h, err
+	}
+	defer im.Close()
+	return im.Header(), nil
 }
 
 // commonOptions checks the options that all drivers have.
