@@ -229,26 +229,7 @@ func TestCreateEncrypted(t *testing.T) {
 		for _, m := range []qcow2.CryptMethod{qcow2.CryptLUKS, qcow2.CryptAES} {
 			t.Run(name+" "+m.String(), func(t *testing.T) {
 				path := filepath.Join(dir, name+m.String()+".qcow2")
-				o := o
-				o.Encrypt = qcow2.EncryptOptions{Method: m, Passphrase: []byte("")}
-				if m == qcow2.CryptLUKS {
-					o.Encrypt.IterTime = 1
-				}
-				if o.DataFile != "" {
-					o.DataFile = path + ".data"
-					f, err := blockdev.CreateFile(o.DataFile, nil)
-					if err != nil {
-						t.Fatal(err)
-					}
-					defer f.Abort()
-					o.Data = f.File()
-					create(t, path, func(dst *blockdev.File) error { return qcow2.Create(t.Context(), dst, size, &o) })
-					if err := f.Commit(); err != nil {
-						t.Fatal(err)
-					}
-				} else {
-					create(t, path, func(dst *blockdev.File) error { return qcow2.Create(t.Context(), dst, size, &o) })
-				}
+				createEncrypted(t, path, size, m, "", o)
 				content := make([]byte, size)
 				if !bytes.Equal(readAll(t, path, ""), content) {
 					t.Error("does not read as zeroes")
@@ -388,4 +369,92 @@ func TestIterTime(t *testing.T) {
 	if d, n := time.Since(start), h.KeySlots[0].Iterations; d < 50*time.Millisecond || n < 4*h.MasterKeyIterations {
 		t.Errorf("opened in %v with %d and %d iterations", d, n, h.MasterKeyIterations)
 	}
+}
+
+// TestWriteEncrypted: random changes of encrypted images of every kind read
+// back, here and in QEMU.
+func TestWriteEncrypted(t *testing.T) {
+	oracle.Require(t, "qemu-img")
+	for i, o := range []qcow2.CreateOptions{
+		{},
+		{FormatOptions: qcow2.FormatOptions{Version: 2}},
+		{FormatOptions: qcow2.FormatOptions{ClusterSize: 512}},
+		{FormatOptions: qcow2.FormatOptions{ClusterSize: 2 << 20}},
+		{FormatOptions: qcow2.FormatOptions{ExtendedL2: true}},
+		{FormatOptions: qcow2.FormatOptions{ExtendedL2: true, ClusterSize: 16384}, Preallocation: qcow2.PreallocationMetadata},
+		{Preallocation: qcow2.PreallocationMetadata},
+		{FormatOptions: qcow2.FormatOptions{BackingFile: "base.raw", BackingFormat: "raw", ClusterSize: 4096}},
+		{DataFile: "data"},
+		{DataFile: "data", DataFileRaw: true},
+	} {
+		for _, m := range []qcow2.CryptMethod{qcow2.CryptLUKS, qcow2.CryptAES} {
+			t.Run(fmt.Sprintf("%d %s", i, m), func(t *testing.T) {
+				o, dir := o, t.TempDir()
+				name := filepath.Join(dir, "a.qcow2")
+				r := rand.New(rand.NewPCG(uint64(i), 1))
+				want := make([]byte, 3<<20+512*7)
+				if o.BackingFile != "" {
+					rand.NewChaCha8([32]byte{1}).Read(want[:2<<20+512])
+					o.BackingFile = filepath.Join(dir, o.BackingFile)
+					write(t, o.BackingFile, want[:2<<20+512])
+				}
+				createEncrypted(t, name, int64(len(want)), m, "abc", o)
+				opts := unlocked("abc")
+				opts.Write = true
+				for range 2 {
+					im, err := qcow2.Open(name, opts)
+					if err != nil {
+						t.Fatal(err)
+					}
+					for range 25 {
+						if what, err := change(r, im, want, 100000); err != nil {
+							t.Fatalf("%s: %v", what, err)
+						}
+					}
+					if !bytes.Equal(mustRead(t, im), want) {
+						t.Fatal("open image reads something else")
+					}
+					if err := im.Close(); err != nil {
+						t.Fatal(err)
+					}
+					if !bytes.Equal(readAll(t, name, "abc"), want) {
+						t.Fatal("image reads something else")
+					}
+				}
+				oracle.MustRun(t, "qemu-img", append([]string{"check"}, secretArgs(name, "abc")...)...)
+				if !bytes.Equal(rawCopy(t, name, "abc"), want) {
+					t.Error("qemu-img reads something else")
+				}
+				// Without the passphrase nothing is written.
+				im, err := qcow2.Open(name, &qcow2.OpenOptions{Write: true, Backing: qcow2.BackingFollow})
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer im.Close()
+				if _, err := im.WriteAt(make([]byte, 512), 0); !errors.Is(err, qcow2.ErrEncrypted) {
+					t.Errorf("write without a passphrase: %v", err)
+				}
+			})
+		}
+	}
+}
+
+// createEncrypted makes an image file, and its data file beside it.
+func createEncrypted(t *testing.T, path string, size int64, m qcow2.CryptMethod, passphrase string, o qcow2.CreateOptions) {
+	t.Helper()
+	o.Encrypt = qcow2.EncryptOptions{Method: m, Passphrase: []byte(passphrase)}
+	if m == qcow2.CryptLUKS {
+		o.Encrypt.IterTime = 1
+	}
+	make := func(dst *blockdev.File) error { return qcow2.Create(t.Context(), dst, size, &o) }
+	if o.DataFile == "" {
+		create(t, path, make)
+		return
+	}
+	o.DataFile = path + ".data"
+	create(t, o.DataFile, func(data *blockdev.File) error {
+		o.Data = data
+		create(t, path, make)
+		return nil
+	})
 }
