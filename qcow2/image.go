@@ -116,7 +116,8 @@ type Image struct {
 	l1        []byte // L1 table as stored, as far as the file goes
 	l1Off     int64  // where it lies in the file
 	snapshots []Snapshot
-	snapEnd   int64 // end of the snapshot table, 0 without snapshots
+	snapEnd   int64     // end of the snapshot table, 0 without snapshots
+	snapshot  *Snapshot // that is read; nil: the active content
 
 	hole atomic.Pointer[hole] // the last run of empty L1 entries found
 }
@@ -197,6 +198,7 @@ func (s *shared) open(dev blockdev.Reader, ref reference, probed bool) (*Image, 
 		if err := im.useSnapshot(sn); err != nil {
 			return nil, err
 		}
+		im.snapshot = sn
 		im.l1Off, l1Size = int64(sn.L1TableOffset), sn.L1Size
 	}
 	if im.l1, err = readTable(dev, im.l1Off, int64(l1Size)*l1EntrySize); err != nil {

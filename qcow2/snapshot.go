@@ -73,7 +73,7 @@ func parseSnapshot(b []byte, diskSize uint64) Snapshot {
 		s.ICount = binary.BigEndian.Uint64(extra[16:])
 		s.UnknownExtraData = append([]byte(nil), extra[24:]...)
 	}
-	s.ID, s.Name = string(text[:idSize]), string(text[idSize:])
+	s.ID, s.Name = cString(text[:idSize]), cString(text[idSize:]) // as QEMU reads them
 	return s
 }
 

@@ -17,6 +17,7 @@ import (
 
 // Host is what the program has from the system.
 type Host struct {
+	In       io.Reader // nil: empty
 	Out, Err io.Writer
 	Getenv   func(string) string
 
@@ -91,6 +92,7 @@ func newRoot(host Host) *cobra.Command {
 		newCreate(host),
 		newInfo(host),
 		newMap(host),
+		newSnapshot(host),
 	)
 	for _, c := range root.Commands() {
 		useGetopt(c)

@@ -23,9 +23,11 @@ type openOptions struct {
 	chain bool
 	// write opens the image for writing, and warns of a raw image whose format
 	// was not given.
-	write   bool
-	secrets *secrets
-	host    Host // for warnings
+	write bool
+	// snapshot, if set, is read in place of the active content.
+	snapshot string
+	secrets  *secrets
+	host     Host // for warnings
 }
 
 // image is an image that is open.

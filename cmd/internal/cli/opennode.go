@@ -208,7 +208,7 @@ func (o *opening) openQcow2(img, file *image, opts blockOptions, noBacking bool)
 	if err != nil {
 		return err
 	}
-	qo := &qcow2.OpenOptions{Write: o.write, ForceShare: o.forceShare, Backing: qcow2.BackingIgnore}
+	qo := &qcow2.OpenOptions{Write: o.write, ForceShare: o.forceShare, Backing: qcow2.BackingIgnore, Snapshot: o.snapshot}
 	if o.chain {
 		qo.Backing = qcow2.BackingFollow
 		qo.Secret = func(r qcow2.SecretRequest) ([]byte, error) {
