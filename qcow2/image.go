@@ -52,7 +52,7 @@ type OpenOptions struct {
 	// DataDevice has to be a blockdev.Device.
 	BackingDevice, DataDevice blockdev.Reader
 	// Snapshot is the id or the name of a snapshot whose content is read in
-	// place of the active one; an id goes before a name.
+	// place of the active one; an id goes before a name. It cannot be written.
 	Snapshot string
 	// CacheSize bounds the L2 tables kept in memory for the whole chain, in
 	// bytes. 0 means 32 MiB.
@@ -191,6 +191,9 @@ func (s *shared) open(dev blockdev.Reader, ref reference, probed bool) (*Image, 
 	l1Size := im.header.L1Size
 	im.l1Off = int64(im.header.L1TableOffset)
 	if im.id == 0 && s.opts.Snapshot != "" {
+		if s.opts.Write {
+			return nil, fmt.Errorf("qcow2: a snapshot is opened for writing: %w", blockdev.ErrReadOnly)
+		}
 		sn, err := findSnapshot(im.snapshots, s.opts.Snapshot)
 		if err != nil {
 			return nil, err
