@@ -41,7 +41,11 @@ func (im *Image) openDataFile() error {
 	if ref.format != "" && ref.format != "raw" && ref.format != "file" {
 		return fmt.Errorf("qcow2: external data file %q: format %q, expected raw: %w", name, ref.format, ErrUnsupported)
 	}
-	f, err := im.openReference(ref, im.writes())
+	path, err := im.resolve(ref)
+	if err != nil {
+		return fmt.Errorf("qcow2: external data file: %w", err)
+	}
+	f, err := im.shared.openFile(path, im.writes)
 	if err != nil {
 		return fmt.Errorf("qcow2: external data file: %w", err)
 	}
@@ -76,12 +80,24 @@ func (im *Image) openBacking() error {
 	if ref.format == "" {
 		ref.format = im.header.BackingFormat()
 	}
-	f, err := im.openReference(ref, false)
+	if ref.path, err = im.resolve(ref); err != nil {
+		return fmt.Errorf("qcow2: backing file: %w", err)
+	}
+	write := false
+	if ask := im.shared.opts.WriteBacking; ask != nil {
+		b := BackingFile{Depth: im.id + 1, Name: name, Path: ref.path}
+		if own, ok := im.dev.(*blockdev.File); ok {
+			b.Overlay = own.Name()
+		}
+		write = ask(b)
+	}
+	f, err := im.shared.openFile(ref.path, write)
 	if err != nil {
 		return fmt.Errorf("qcow2: backing file: %w", err)
 	}
 	im.backingName = f.Name()
-	dev, err := im.shared.openFormat(f, ref)
+	im.backingProbed = ref.format == ""
+	dev, err := im.shared.openFormat(f, ref, write)
 	if err != nil {
 		f.Close()
 		return im.inBacking(err)
@@ -129,7 +145,7 @@ func (im *Image) inBacking(err error) error {
 // it names none the format is that of the magic number, and raw only if there
 // is none, as in QEMU. An image whose format was found so leads to no other
 // file: a guest can write what makes a raw image look like one.
-func (s *shared) openFormat(f *blockdev.File, ref reference) (blockdev.Reader, error) {
+func (s *shared) openFormat(f *blockdev.File, ref reference, write bool) (blockdev.Reader, error) {
 	format := ref.format
 	probed := format == ""
 	if probed {
@@ -140,7 +156,7 @@ func (s *shared) openFormat(f *blockdev.File, ref reference) (blockdev.Reader, e
 	}
 	switch {
 	case format == "qcow2":
-		return s.open(f, ref, probed)
+		return s.open(f, ref, probed, write)
 	case format == "raw" || format == "file":
 		return f, s.enter(f)
 	case s.opts.OpenFormat != nil:
@@ -268,17 +284,17 @@ func flatten(flat map[string]string, prefix string, options map[string]any) erro
 	return nil
 }
 
-// openReference opens a file that the image names, relative to the folder that
-// the image lies in.
-func (im *Image) openReference(r reference, write bool) (*blockdev.File, error) {
-	if !r.asIs && !filepath.IsAbs(r.path) {
-		f, ok := im.dev.(*blockdev.File)
-		if !ok {
-			return nil, fmt.Errorf("%q is relative to an image that is no file: %w", r.path, ErrBacking)
-		}
-		// Not filepath.Join: it would take "a/link/../b" for "a/b".
-		dir, _ := filepath.Split(f.Name())
-		r.path = dir + r.path
+// resolve returns the path of a file that the image names, relative to the
+// folder that the image lies in.
+func (im *Image) resolve(r reference) (string, error) {
+	if r.asIs || filepath.IsAbs(r.path) {
+		return r.path, nil
 	}
-	return im.shared.openFile(r.path, write)
+	f, ok := im.dev.(*blockdev.File)
+	if !ok {
+		return "", fmt.Errorf("%q is relative to an image that is no file: %w", r.path, ErrBacking)
+	}
+	// Not filepath.Join: it would take "a/link/../b" for "a/b".
+	dir, _ := filepath.Split(f.Name())
+	return dir + r.path, nil
 }

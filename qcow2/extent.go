@@ -27,6 +27,11 @@ func (im *Image) NextExtent(off int64) (blockdev.Extent, error) {
 	if off < 0 || off >= im.size {
 		return blockdev.Extent{}, fmt.Errorf("qcow2: next extent at offset %d of %d: %w", off, im.size, blockdev.ErrRange)
 	}
+	return im.nextExtent(off)
+}
+
+// nextExtent is NextExtent with im.mu held.
+func (im *Image) nextExtent(off int64) (blockdev.Extent, error) {
 	e, whole, err := im.piece(off, im.size-off)
 	if err != nil {
 		return blockdev.Extent{}, err

@@ -51,6 +51,9 @@ type OpenOptions struct {
 	// makes it an image without a backing file. They stay open. With Write
 	// DataDevice has to be a blockdev.Device.
 	BackingDevice, DataDevice blockdev.Reader
+	// WriteBacking, if set, is asked of each backing file whether it is opened
+	// for writing too, as Commit needs it.
+	WriteBacking func(BackingFile) bool
 	// Snapshot is the id or the name of a snapshot whose content is read in
 	// place of the active one; an id goes before a name. It cannot be written.
 	Snapshot string
@@ -69,6 +72,14 @@ type OpenOptions struct {
 	// raw. If it succeeds the reader takes over f: where it is an io.Closer,
 	// its Close has to close f, unless it is an *Image.
 	OpenFormat func(f *blockdev.File, format string) (blockdev.Reader, error)
+}
+
+// BackingFile is a backing file that is about to be opened.
+type BackingFile struct {
+	Depth   int    // 1: that of the image that is opened, and so on
+	Overlay string // path of the image that names it; "" if it does not lie in a file
+	Name    string // as that image has it
+	Path    string // of the file itself
 }
 
 // SecretRequest says of which image a passphrase is wanted.
@@ -100,12 +111,15 @@ type Image struct {
 	backing blockdev.Reader // nil if there is none or it is not opened
 	// backingName is the path of the backing file, for errors.
 	backingName string
+	// backingProbed: that the backing file is raw was found by its first bytes.
+	backingProbed bool
 	// probed: that the file is qcow2 was found by its magic number, below
 	// another image.
 	probed bool
 
 	shared  *shared
 	id      int    // of this image in the chain
+	writes  bool   // opened for writing
 	crypt   *crypt // nil: not encrypted, or locked
 	closers []io.Closer
 	closed  atomic.Bool
@@ -139,7 +153,7 @@ func Open(path string, opts *OpenOptions) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	im, err := s.open(f, reference{}, false)
+	im, err := s.open(f, reference{}, false, s.opts.Write)
 	if err != nil {
 		f.Close()
 		return nil, err
@@ -153,7 +167,8 @@ func Open(path string, opts *OpenOptions) (*Image, error) {
 // for where dev lies if it is a *blockdev.File, and cannot be opened
 // otherwise. Close does not close dev.
 func New(dev blockdev.Reader, opts *OpenOptions) (*Image, error) {
-	return newShared(opts).open(dev, reference{}, false)
+	s := newShared(opts)
+	return s.open(dev, reference{}, false, s.opts.Write)
 }
 
 func newShared(opts *OpenOptions) *shared {
@@ -176,8 +191,8 @@ func (s *shared) openFile(path string, write bool) (*blockdev.File, error) {
 // open opens the next image of the chain, which the one above names by ref. On
 // error it closes what it opened,
 // not dev.
-func (s *shared) open(dev blockdev.Reader, ref reference, probed bool) (*Image, error) {
-	im := &Image{dev: dev, shared: s, id: len(s.files), probed: probed}
+func (s *shared) open(dev blockdev.Reader, ref reference, probed, write bool) (*Image, error) {
+	im := &Image{dev: dev, shared: s, id: len(s.files), probed: probed, writes: write}
 	if err := s.enter(dev); err != nil {
 		return nil, err
 	}
@@ -213,7 +228,7 @@ func (s *shared) open(dev blockdev.Reader, ref reference, probed bool) (*Image, 
 	if err = im.openDataFile(); err == nil {
 		err = im.openBacking()
 	}
-	if err == nil && im.writes() {
+	if err == nil && im.writes {
 		err = im.openWrite()
 	}
 	if err != nil {
@@ -222,9 +237,6 @@ func (s *shared) open(dev blockdev.Reader, ref reference, probed bool) (*Image, 
 	}
 	return im, nil
 }
-
-// writes reports whether this image of the chain is opened for writing.
-func (im *Image) writes() bool { return im.id == 0 && im.shared.opts.Write }
 
 // enter notes the file of an image and refuses one that is in the chain
 // already.
