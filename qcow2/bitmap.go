@@ -6,10 +6,7 @@ import (
 	"math"
 )
 
-const (
-	bitmapEntrySize   = 24 // bytes of a directory entry before extra data and name
-	bitmapFlagsOffset = 12 // of the flags in an entry
-)
+const bitmapEntrySize = 24 // bytes of a directory entry before extra data and name
 
 // BitmapFlags are the flags of a bitmap directory entry.
 type BitmapFlags uint32

@@ -2,7 +2,6 @@ package qcow2
 
 import (
 	"context"
-	"encoding/binary"
 	"fmt"
 
 	"qimg/qcow2/blockdev"
@@ -29,23 +28,30 @@ func (im *Image) bitmapsBegin(ctx context.Context) error {
 	}
 	tr := &bitmapTracker{granularity: maxBitmapGranularity}
 	ext, _ := im.header.Bitmaps()
-	at := int64(ext.DirectoryOffset)
+	var dir []byte
+	first, end := int64(-1), int64(0) // of what changes in it
 	for i := range list {
 		b := &list[i]
 		if b.Flags == BitmapAuto {
 			if err := im.checkTableSize(b, im.header.bitmapSize()); err != nil {
 				return err
 			}
-			flags := binary.BigEndian.AppendUint32(nil, uint32(b.Flags|BitmapInUse))
-			if _, err := im.w.dev.WriteAt(flags, at+bitmapFlagsOffset); err != nil {
-				return fmt.Errorf("qcow2: bitmap %q: mark in use at %#x: %w", b.Name, at, err)
-			}
+			b.Flags |= BitmapInUse
 			tr.inUse = append(tr.inUse, i)
 			tr.granularity = min(tr.granularity, b.GranularityBits)
+			if first < 0 {
+				first = int64(len(dir))
+			}
+			end = int64(len(dir)) + b.entrySize()
 		}
-		at += b.entrySize()
+		dir = b.appendTo(dir)
 	}
-	if len(tr.inUse) > 0 {
+	if first >= 0 {
+		// Nothing else in an entry changes: torn, the write has marked some.
+		at := int64(ext.DirectoryOffset) + first
+		if _, err := im.w.dev.WriteAt(dir[first:end], at); err != nil {
+			return fmt.Errorf("qcow2: bitmap directory: mark bitmaps in use at %#x: %w", at, err)
+		}
 		if err := blockdev.Sync(im.w.dev); err != nil {
 			return err
 		}
