@@ -425,9 +425,25 @@ func (tr *Trial) Verify(opts *blocktest.CrashOptions) int {
 	return n
 }
 
+// close closes the image, which stores the bitmaps that record writes.
+func (tr *Trial) close() error {
+	before := tr.now[len(tr.now)-1].rest
+	e := tr.mark("close")
+	err := tr.Image.Close()
+	if err != nil {
+		return err
+	}
+	if after := tr.below(); after.rest != before {
+		after.leaks = true // of what was written before
+		tr.now = append(tr.now, after)
+		e.alts = slices.Clone(tr.now)
+	}
+	return nil
+}
+
 // TryVerify is Verify that returns what is wrong.
 func (tr *Trial) TryVerify(opts *blocktest.CrashOptions) (n int, err error) {
-	if err := tr.Image.Close(); err != nil {
+	if err := tr.close(); err != nil {
 		return 0, fmt.Errorf("close: %w", err)
 	}
 	for s, err := range tr.dev.CrashStates(opts) {
@@ -519,7 +535,7 @@ func TrialFaults(t testing.TB, dev *blockdev.Memory, opts *TrialOptions, step in
 // checkFault looks at what work has left that met a fault.
 func (tr *Trial) checkFault() error {
 	if tr.Image != nil {
-		err := tr.Image.Close()
+		err := tr.close()
 		if tr.failed == nil {
 			// It is the close that failed, or a read that nobody needed.
 			if err != nil && !errors.Is(err, tr.opts.fault.Err) {

@@ -111,7 +111,7 @@ func (im *Image) reserve(end int64) error {
 		return fmt.Errorf("qcow2: the image needs %d bytes, the device has %d and cannot grow: %w", end, im.w.dev.Size(), errors.ErrUnsupported)
 	}
 	if err := t.Truncate(end); err != nil {
-		return fmt.Errorf("qcow2: grow the image file to %d bytes: %w", end, err)
+		return im.fail(fmt.Errorf("qcow2: grow the image file to %d bytes: %w", end, err))
 	}
 	return nil
 }
