@@ -114,26 +114,31 @@ func (im *Image) Check(ctx context.Context, opts *CheckOptions) (CheckResult, er
 }
 
 func (c *checker) run() (CheckResult, error) {
-	im := c.im
-	c.fileSz = im.dev.Size()
-	clusters := im.geo.clusters(c.fileSz)
-	if clusters > maxCheckClusters {
-		return c.res, fmt.Errorf("qcow2: check: file of %d clusters, expected at most %d: %w", clusters, int64(maxCheckClusters), ErrLimit)
-	}
-	c.refs = newRefcounts(clusters, im.geo.refcountBits)
-	c.res.TotalClusters = im.geo.clusters(int64(im.header.Size) &^ 511)
-	var err error
-	h := &im.header
-	if c.table, err = readTable(im.dev, int64(h.RefcountTableOffset), int64(h.RefcountTableClusters)<<h.ClusterBits); err != nil {
-		return c.res, fmt.Errorf("qcow2: refcount table at %#x: %w", h.RefcountTableOffset, err)
-	}
-	c.table = c.table[:len(c.table)&^(reftableEntrySize-1)]
-	for _, step := range []func() error{c.countReferences, c.compareRefcounts, c.checkOverlaps, c.checkCopied} {
+	for _, step := range []func() error{c.prepare, c.countReferences, c.compareRefcounts, c.checkOverlaps, c.checkCopied} {
 		if err := step(); err != nil {
 			return c.res, err
 		}
 	}
 	return c.res, nil
+}
+
+// prepare reads the refcount table.
+func (c *checker) prepare() error {
+	im := c.im
+	c.fileSz = im.dev.Size()
+	clusters := im.geo.clusters(c.fileSz)
+	if clusters > maxCheckClusters {
+		return fmt.Errorf("qcow2: check: file of %d clusters, expected at most %d: %w", clusters, int64(maxCheckClusters), ErrLimit)
+	}
+	c.refs = newRefcounts(clusters, im.geo.refcountBits)
+	c.res.TotalClusters = im.geo.clusters(int64(im.header.Size) &^ 511)
+	h := &im.header
+	var err error
+	if c.table, err = readTable(im.dev, int64(h.RefcountTableOffset), int64(h.RefcountTableClusters)<<h.ClusterBits); err != nil {
+		return fmt.Errorf("qcow2: refcount table at %#x: %w", h.RefcountTableOffset, err)
+	}
+	c.table = c.table[:len(c.table)&^(reftableEntrySize-1)]
+	return nil
 }
 
 func (c *checker) found(f Finding) {
@@ -146,6 +151,16 @@ func (c *checker) found(f Finding) {
 	if f.Kind != Overlap {
 		f.Repairable = f.Kind.repairable()
 	}
+	if c.fix != nil {
+		if c.fix.again && f.Kind != RefcountTooLow && f.Kind != RefcountTooHigh {
+			return // told already
+		}
+		c.fix.decide(&f)
+		if c.fix.again {
+			c.tell(f)
+			return
+		}
+	}
 	switch f.Severity {
 	case Leak:
 		c.res.Leaks += f.Count
@@ -154,6 +169,10 @@ func (c *checker) found(f Finding) {
 	case Internal:
 		c.res.CheckErrors += f.Count
 	}
+	c.tell(f)
+}
+
+func (c *checker) tell(f Finding) {
 	if c.opts.Found != nil {
 		c.opts.Found(f)
 	}

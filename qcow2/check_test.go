@@ -99,8 +99,16 @@ func TestCheckCancel(t *testing.T) {
 	}
 }
 
-// TestFindings: an image for each kind, and qemu-img's totals for it.
-func TestFindings(t *testing.T) {
+// findingCase is an image with a finding of a kind.
+type findingCase struct {
+	name  string
+	kind  qcow2.FindingKind
+	image func() []byte
+	// only tells why qemu-img does not find the same; "" if it does.
+	only string
+}
+
+func findingCases() []findingCase {
 	const copied, compressed = 1 << 63, 1 << 62
 	tiny := func(change func(x *qcow2.Tiny)) func() []byte {
 		return func() []byte {
@@ -147,13 +155,24 @@ func TestFindings(t *testing.T) {
 			}
 		})
 	}
-	for _, c := range []struct {
-		name  string
-		kind  qcow2.FindingKind
-		image func() []byte
-		// only tells why qemu-img does not find the same; "" if it does.
-		only string
-	}{
+	// good has a snapshot that is as it should be, with an L1 table behind the
+	// snapshot table.
+	good := func(change func(x *qcow2.Tiny)) func() []byte {
+		return snapshot(qcow2.TinyEnd+512, 1, func(x *qcow2.Tiny) {
+			x.Image = append(x.Image, make([]byte, 512)...)
+			x.Put(qcow2.TinyEnd+512, qcow2.TinyL2)
+			x.Image[qcow2.TinyRefblock+2*8+1] = 1
+			for _, cluster := range []int{4, 5, 6} {
+				x.Image[qcow2.TinyRefblock+2*cluster+1] = 2
+			}
+			x.Put(qcow2.TinyL1, qcow2.TinyL2)
+			x.Put(qcow2.TinyL2, qcow2.TinyData)
+			if change != nil {
+				change(x)
+			}
+		})
+	}
+	return []findingCase{
 		{"refcount too low", qcow2.RefcountTooLow, tiny(func(x *qcow2.Tiny) { x.Image[qcow2.TinyRefblock+11] = 0 }), ""},
 		{"refcount too high", qcow2.RefcountTooHigh, tiny(func(x *qcow2.Tiny) { x.Image[qcow2.TinyRefblock+11] = 9 }), ""},
 		{"leak", qcow2.RefcountTooHigh, put(qcow2.TinyL2, 0), ""},
@@ -212,16 +231,42 @@ func TestFindings(t *testing.T) {
 			}
 		}), "qemu-img does not look"},
 		{"good bitmap", 0, tiny(func(x *qcow2.Tiny) { bitmaps(x, 1) }), ""},
+		{"snapshot incomplete", qcow2.SnapshotIncomplete, good(func(x *qcow2.Tiny) {
+			copy(x.Image[qcow2.TinyEnd+36:], []byte{0, 0, 0, 8})
+		}), ""},
+		{"stale l1 copied flag", qcow2.InactiveL1Copied, good(func(x *qcow2.Tiny) {
+			x.Put(qcow2.TinyEnd+512, qcow2.TinyL2|copied)
+		}), ""},
+		{"stale l2 copied flag", qcow2.InactiveL2Copied, good(func(x *qcow2.Tiny) {
+			// The snapshot has an L2 table of its own.
+			x.Put(qcow2.TinyL1, 0xe00+1024|copied)
+			x.Put(qcow2.TinyEnd+512, qcow2.TinyL2)
+			x.Image = append(x.Image, x.Image[qcow2.TinyL2:qcow2.TinyL2+512]...)
+			x.Put(qcow2.TinyL2, qcow2.TinyData|copied)
+			x.Image[qcow2.TinyRefblock+2*4+1], x.Image[qcow2.TinyRefblock+2*9+1] = 1, 1
+		}), ""},
+		{"overlap", qcow2.Overlap, tiny(func(x *qcow2.Tiny) {
+			x.Put(qcow2.TinyL2+24, qcow2.TinyL1)
+			x.Image[qcow2.TinyRefblock+2*3+1] = 2
+		}), "qemu-img does not look"},
+		{"overlap with wrong refcount", qcow2.Overlap, put(qcow2.TinyL2+24, qcow2.TinyL1|copied), ""},
+		{"good with snapshot", 0, good(nil), ""},
 		{"good", 0, tiny(func(*qcow2.Tiny) {}), ""},
 		{"good with extended L2 entries", 0, large(5*16<<10|copied, 1), ""},
-	} {
+	}
+}
+
+// TestFindings: an image for each kind, and qemu-img's totals for it.
+func TestFindings(t *testing.T) {
+	for _, c := range findingCases() {
 		t.Run(c.name, func(t *testing.T) {
 			b := c.image()
 			seen := c.kind == 0
-			res, err := open(t, b).Check(t.Context(), &qcow2.CheckOptions{Found: func(f qcow2.Finding) {
+			opts := &qcow2.CheckOptions{Stale: c.kind == qcow2.InactiveL1Copied || c.kind == qcow2.InactiveL2Copied, Found: func(f qcow2.Finding) {
 				seen = seen || f.Kind == c.kind
 				t.Log(f)
-			}})
+			}}
+			res, err := open(t, b).Check(t.Context(), opts)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -115,12 +115,12 @@ const (
 	PartBitmapTable
 	PartData       // a guest cluster
 	PartCompressed // a compressed guest cluster
-	PartBitmap     // the bits of a bitmap; Off is that of the cluster
+	PartOther      // something else: bits of a bitmap, or what a damaged entry names; Off is that of the cluster
 )
 
 func (k PartKind) String() string {
 	names := []string{"nothing", "header", "active l1 table", "inactive l1 table", "l2 table", "refcount table", "refcount block",
-		"snapshot table", "encryption header", "bitmap directory", "bitmap table", "data cluster of l2 entry", "compressed cluster of l2 entry", "bitmap"}
+		"snapshot table", "encryption header", "bitmap directory", "bitmap table", "data cluster of l2 entry", "compressed cluster of l2 entry", "something else"}
 	if int(k) < len(names) {
 		return names[k]
 	}

@@ -29,10 +29,15 @@ func (v *l2Visits) add(x l2Visit) {
 		v.merge()
 		v.compact = 2 * len(v.list)
 	}
-	if len(v.list) == cap(v.list) {
-		v.list = slices.Grow(v.list, max(len(v.list), 64))
+	v.list = appendDoubling(v.list, x)
+}
+
+// appendDoubling appends to a long list with less copying than append has.
+func appendDoubling[T any](list []T, x T) []T {
+	if len(list) == cap(list) {
+		list = slices.Grow(list, max(len(list), 64))
 	}
-	v.list = append(v.list, x)
+	return append(list, x)
 }
 
 func (v *l2Visits) merge() {
@@ -221,14 +226,43 @@ func (c *checker) parseTable(j *l2Job, v *l2Visit, b []byte) {
 			j.refer(off, int64(n), v, copiedMark(entry), true)
 			continue
 		}
-		var bitmap uint64
-		if g.extended {
-			bitmap = binary.BigEndian.Uint64(b[i+8:])
-		}
-		if entry|bitmap != 0 {
+		if entry, bitmap := g.entryIn(b[i:]); entry|bitmap != 0 {
 			c.parseEntry(j, v, j.from+int64(i), entry, bitmap)
 		}
 	}
+}
+
+// entryIn returns the L2 entry at the start of b, with its subcluster bitmap.
+func (g *geometry) entryIn(b []byte) (entry, bitmap uint64) {
+	if g.extended {
+		bitmap = binary.BigEndian.Uint64(b[8:])
+	}
+	return binary.BigEndian.Uint64(b), bitmap
+}
+
+// holdsData reports whether an entry of a cluster that is neither compressed
+// nor unallocated says that there is guest data in it.
+func (g *geometry) holdsData(entry, bitmap uint64) bool {
+	if g.extended {
+		return bitmap&subclusterAllocMask != 0
+	}
+	return entry&oflagZero == 0
+}
+
+// zeroVersion2 reports whether an entry has the zero flag, which version 2 does
+// not know.
+func (c *checker) zeroVersion2(entry uint64) bool {
+	return c.im.header.Version < 3 && entry&oflagZero != 0 && entry&oflagCompressed == 0
+}
+
+// becomesZero reports whether a repair takes the cluster from an entry, which
+// holds no data.
+func (c *checker) becomesZero(entry, bitmap uint64) bool {
+	g := &c.im.geo
+	if c.fix == nil || !c.fix.all || entry&oflagCompressed != 0 {
+		return false
+	}
+	return c.zeroVersion2(entry) || g.inCluster(entry&l2OffsetMask) != 0 && !g.holdsData(entry, bitmap)
 }
 
 func copiedMark(entry uint64) mark {
@@ -242,15 +276,13 @@ func copiedMark(entry uint64) mark {
 func (c *checker) parseEntry(j *l2Job, v *l2Visit, at int64, entry, bitmap uint64) {
 	g := &c.im.geo
 	bad := func(kind FindingKind) {
-		j.findings = append(j.findings, Finding{Kind: kind, Off: v.off + at, Index: at / g.l2EntrySize, Value: entry, Count: v.all,
-			Repaired: c.fix != nil && c.fix.all && kind == PreallocatedUnaligned})
+		j.findings = append(j.findings, Finding{Kind: kind, Off: v.off + at, Index: at / g.l2EntrySize, Value: entry, Count: v.all})
 	}
 	typ := g.clusterType(entry)
 	if typ != clusterCompressed && entry&l2ReservedMask != 0 {
 		bad(L2Reserved)
 	}
-	oldZero := entry&oflagZero != 0 && typ != clusterCompressed && c.im.header.Version < 3
-	if oldZero {
+	if c.zeroVersion2(entry) {
 		bad(ZeroFlagVersion2)
 	}
 	switch typ {
@@ -279,17 +311,14 @@ func (c *checker) parseEntry(j *l2Job, v *l2Visit, at int64, entry, bitmap uint6
 		m := copiedMark(entry)
 		if g.inCluster(uint64(off)) != 0 {
 			m = markCopied | markPlain // it is looked at again
-			if g.extended && bitmap&subclusterAllocMask != 0 || !g.extended && typ == clusterNormal {
+			if g.holdsData(entry, bitmap) {
 				bad(DataUnaligned)
 			} else {
 				bad(PreallocatedUnaligned)
-				if c.fix != nil && c.fix.all {
-					return // it becomes a zero cluster, which refers to nothing
-				}
 			}
 		}
-		if oldZero && c.fix != nil && c.fix.all {
-			return // as above
+		if c.becomesZero(entry, bitmap) {
+			return
 		}
 		j.cluster(v, off)
 		j.next = off + g.clusterSize

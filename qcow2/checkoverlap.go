@@ -10,17 +10,36 @@ import (
 type overlap struct {
 	cluster int64
 	parts   [2]Part // the first two found
-	known   uint64  // references by the structures that were found
-	n       int     // of those structures
+	n       int32   // structures found
+	// fixed is how many of them cannot be moved.
+	fixed      int32
+	compressed bool
+	// References by whole guest clusters, and by all else.
+	data, other uint64
 }
 
 func (o *overlap) add(p Part, k uint64) {
-	if o.n < len(o.parts) {
+	if o.n < int32(len(o.parts)) {
 		o.parts[o.n] = p
 	}
 	o.n++
-	o.known += k
+	switch p.Kind {
+	case PartData:
+		o.data += k
+		return
+	case PartCompressed: // these can share a cluster
+		if !o.compressed {
+			o.compressed = true
+			o.fixed++
+		}
+	case PartHeader, PartCryptoHeader, PartBitmapDirectory, PartBitmapTable, PartOther:
+		o.fixed++
+	}
+	o.other += k
 }
+
+// repairable reports whether all but one of the structures can be moved away.
+func (o *overlap) repairable() bool { return o.fixed <= 1 }
 
 // structures goes through all structures that are known, L2 tables and refcount
 // blocks included, what L2 entries and bitmap tables name not.
@@ -49,7 +68,7 @@ func (c *checker) findOverlaps() error {
 	c.structures(func(p place) {
 		for i := p.Off >> g.clusterBits; i < min(c.refs.n, (p.Off+p.n+g.clusterSize-1)>>g.clusterBits); i++ {
 			if c.refs.raw(i) > uint64(p.k) {
-				list = append(list, i)
+				list = appendDoubling(list, i)
 			}
 		}
 		if len(list) > limit {
@@ -73,15 +92,15 @@ func (c *checker) findOverlaps() error {
 		}
 	})
 	// What is not accounted for is in L2 entries.
-	if slices.ContainsFunc(c.overlaps, func(o overlap) bool { return o.known < c.refs.raw(o.cluster) }) {
+	if slices.ContainsFunc(c.overlaps, func(o overlap) bool { return o.data+o.other < c.refs.raw(o.cluster) }) {
 		if err := c.eachL2(func(*l2Job) {}, c.overlapL2); err != nil {
 			return err
 		}
 	}
 	for i := range c.overlaps {
 		o := &c.overlaps[i]
-		if raw := c.refs.raw(o.cluster); o.known < raw {
-			o.add(Part{PartBitmap, o.cluster << g.clusterBits}, raw-o.known)
+		if raw, known := c.refs.raw(o.cluster), o.data+o.other; known < raw {
+			o.add(Part{PartOther, o.cluster << g.clusterBits}, raw-known)
 		}
 	}
 	return nil
@@ -101,9 +120,8 @@ func (c *checker) eachOverlap(off, n int64, f func(*overlap)) {
 func (c *checker) overlapL2(j *l2Job) error {
 	g := &c.im.geo
 	for i := 0; i < len(j.b); i += int(g.l2EntrySize) {
-		entry := binary.BigEndian.Uint64(j.b[i:])
-		part, off, n := g.named(entry)
-		if n > 0 {
+		entry, bitmap := g.entryIn(j.b[i:])
+		if part, off, n := g.named(entry); n > 0 && !c.becomesZero(entry, bitmap) {
 			v, at := j.at(i, g)
 			c.eachOverlap(off, n, func(o *overlap) { o.add(Part{part, v.off + at}, uint64(v.all)) })
 		}
@@ -118,6 +136,8 @@ func (g *geometry) named(entry uint64) (kind PartKind, off, n int64) {
 	case typ == clusterCompressed:
 		off, n = g.compressed(entry)
 		return PartCompressed, off, n
+	case (typ == clusterNormal || typ == clusterZeroAlloc) && g.inCluster(entry&l2OffsetMask) != 0:
+		return PartOther, int64(entry & l2OffsetMask), g.clusterSize // of no use
 	case typ == clusterNormal || typ == clusterZeroAlloc:
 		return PartData, int64(entry & l2OffsetMask), g.clusterSize
 	}
@@ -137,7 +157,8 @@ func (c *checker) checkOverlaps() error {
 			c.found(f)
 		}
 	}
-	for _, o := range c.overlaps {
+	for i := range c.overlaps {
+		o := &c.overlaps[i]
 		// Where the refcount is too low, or the block is shared, qemu-img tells too.
 		severity := Corruption
 		stored, err := c.refcount(o.cluster)
@@ -145,12 +166,12 @@ func (c *checker) checkOverlaps() error {
 			severity = Note
 		}
 		off := o.cluster << g.clusterBits
-		if f.Kind != 0 && f.Parts == o.parts && f.Severity == severity && f.Off+int64(f.Value) == off {
+		if f.Kind != 0 && f.Parts == o.parts && f.Severity == severity && f.Repairable == o.repairable() && f.Off+int64(f.Value) == off {
 			f.Value += uint64(g.clusterSize)
 			continue
 		}
 		tell()
-		f = Finding{Kind: Overlap, Severity: severity, Off: off, Index: o.cluster, Value: uint64(g.clusterSize), Parts: o.parts}
+		f = Finding{Kind: Overlap, Severity: severity, Off: off, Index: o.cluster, Value: uint64(g.clusterSize), Parts: o.parts, Repairable: o.repairable()}
 	}
 	tell()
 	return nil

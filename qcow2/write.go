@@ -60,6 +60,11 @@ func (im *Image) openWrite() error {
 	if h.IncompatibleFeatures&IncompatCorrupt != 0 {
 		return headerError(ErrCorrupt, "incompatible_features", "has the corrupt bit: the image can only be read; check -r all repairs it")
 	}
+	if h.IncompatibleFeatures&IncompatDirty != 0 {
+		if err := im.repairDirty(context.Background()); err != nil {
+			return err
+		}
+	}
 	w := &writeState{dev: dev, dirty: make(map[int64]*dirtySlice), dirtyL1: make(map[int64]bool)}
 	if im.data != nil {
 		if w.data, ok = im.data.(blockdev.Device); !ok {
@@ -72,13 +77,7 @@ func (im *Image) openWrite() error {
 	// The table as far as the header says, not as far as the file goes.
 	im.l1 = append(im.l1, make([]byte, int64(h.L1Size)*l1EntrySize-int64(len(im.l1)))...)
 	im.w = w
-	if err := im.mapTables(); err != nil {
-		return err
-	}
-	if h.IncompatibleFeatures&IncompatDirty != 0 {
-		return im.repairDirty(context.Background())
-	}
-	return nil
+	return im.mapTables()
 }
 
 func (im *Image) newAllocator(w *writeState) (err error) {

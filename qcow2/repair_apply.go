@@ -1,0 +1,290 @@
+package qcow2
+
+import (
+	"encoding/binary"
+	"fmt"
+	"math"
+
+	"qimg/qcow2/blockdev"
+)
+
+// Offsets of header fields that a repair changes.
+const (
+	headerL1TableOffset         = 40
+	headerRefcountTableOffset   = 48
+	headerRefcountTableClusters = 56
+	headerNbSnapshots           = 60
+	headerSnapshotsOffset       = 64
+	headerIncompatible          = 72
+	headerAutoclear             = 88
+)
+
+// apply does what is planned. Order: new tables, sync, header, sync.
+func (r *repairer) apply() error {
+	p := &r.res.Plan
+	if p.RefcountTable != 0 {
+		if err := r.writeTables(); err != nil {
+			return err
+		}
+		if err := blockdev.Sync(r.dev); err != nil {
+			return err
+		}
+	}
+	sector := make([]byte, sectorSize)
+	if err := readFull(r.dev, sector, 0); err != nil {
+		return fmt.Errorf("qcow2: header: %w", err)
+	}
+	r.patchHeader(sector)
+	if err := r.write(sector, 0); err != nil {
+		return err
+	}
+	return blockdev.Sync(r.dev)
+}
+
+// patchHeader changes the header to the new state.
+func (r *repairer) patchHeader(b []byte) {
+	h, p := &r.im.header, &r.res.Plan
+	if p.RefcountTable != 0 {
+		for _, t := range p.L1Tables {
+			if t.active {
+				binary.BigEndian.PutUint64(b[headerL1TableOffset:], uint64(t.To))
+			}
+		}
+		binary.BigEndian.PutUint64(b[headerRefcountTableOffset:], uint64(p.RefcountTable))
+		binary.BigEndian.PutUint32(b[headerRefcountTableClusters:], uint32(r.tableClusters))
+		binary.BigEndian.PutUint32(b[headerNbSnapshots:], uint32(len(r.im.snapshots)))
+		if p.SnapshotTable != 0 || len(r.im.snapshots) == 0 {
+			binary.BigEndian.PutUint64(b[headerSnapshotsOffset:], uint64(p.SnapshotTable))
+		}
+	}
+	if h.Version < 3 {
+		return
+	}
+	incompatible := h.IncompatibleFeatures
+	if p.ClearDirty {
+		incompatible &^= IncompatDirty
+	}
+	if p.ClearCorrupt {
+		incompatible &^= IncompatCorrupt
+	}
+	binary.BigEndian.PutUint64(b[headerIncompatible:], uint64(incompatible))
+	binary.BigEndian.PutUint64(b[headerAutoclear:], uint64(h.AutoclearFeatures&(AutoclearBitmaps|AutoclearDataFileRaw)))
+}
+
+func (r *repairer) write(b []byte, off int64) error {
+	if err := r.ctx.Err(); err != nil {
+		return err
+	}
+	if _, err := r.dev.WriteAt(b, off); err != nil {
+		return fmt.Errorf("qcow2: repair: write at %#x: %w", off, err)
+	}
+	return nil
+}
+
+// writeTables writes all that is new behind the end of the file.
+func (r *repairer) writeTables() error {
+	p, g := &r.res.Plan, &r.im.geo
+	if size := r.dev.Size(); p.Size > size {
+		t, ok := r.dev.(blockdev.Truncater)
+		if !ok {
+			return fmt.Errorf("qcow2: repair: the image needs %d bytes, the device has %d and cannot grow: %w", p.Size, size, blockdev.ErrRange)
+		}
+		if err := t.Truncate(p.Size); err != nil {
+			return fmt.Errorf("qcow2: repair: grow the image file to %d bytes: %w", p.Size, err)
+		}
+	}
+	buf := make([]byte, g.clusterSize)
+	for _, c := range p.Copies {
+		if err := readFull(r.dev, buf, c.Off); err != nil {
+			return fmt.Errorf("qcow2: repair: guest cluster at %#x: %w", c.Off, err)
+		}
+		if err := r.write(buf, c.To); err != nil {
+			return err
+		}
+	}
+	for _, t := range p.L2Tables {
+		if err := r.writeL2(t, buf); err != nil {
+			return err
+		}
+	}
+	for _, t := range p.L1Tables {
+		if err := r.writeL1(t); err != nil {
+			return err
+		}
+	}
+	if p.SnapshotTable != 0 {
+		if err := r.write(r.snapshotTable, p.SnapshotTable); err != nil {
+			return err
+		}
+	}
+	if err := r.writeRefcounts(buf); err != nil {
+		return err
+	}
+	return r.write(appendEntries(nil, r.table), p.RefcountTable)
+}
+
+// writeL2 writes an L2 table in its new place.
+func (r *repairer) writeL2(t TableChange, buf []byte) error {
+	g := &r.im.geo
+	if err := readFull(r.dev, buf, t.Off); err != nil {
+		return fmt.Errorf("qcow2: repair: l2 table at %#x: %w", t.Off, err)
+	}
+	zeros := t.zeros
+	for i := int64(0); i < g.clusterSize; i += g.l2EntrySize {
+		entry, bitmap := g.entryIn(buf[i:])
+		if entry|bitmap == 0 {
+			continue
+		}
+		entry, bitmap, zero := r.entry(entry, bitmap)
+		if zero {
+			entry = uint64(zeros)
+			zeros += g.clusterSize
+		}
+		if r.flags && t.active {
+			entry, _ = r.copied(entry)
+		}
+		binary.BigEndian.PutUint64(buf[i:], entry)
+		if g.extended {
+			binary.BigEndian.PutUint64(buf[i+8:], bitmap)
+		}
+	}
+	return r.write(buf, t.To)
+}
+
+// writeL1 writes an L1 table in its new place.
+func (r *repairer) writeL1(t TableChange) error {
+	for at, n := int64(0), t.size*l1EntrySize; at < n; at += maxSlice {
+		b := make([]byte, min(maxSlice, n-at))
+		if err := readFull(r.dev, b, t.Off+at); err != nil {
+			return fmt.Errorf("qcow2: repair: l1 table at %#x: %w", t.Off, err)
+		}
+		for i := 0; i < len(b); i += l1EntrySize {
+			binary.BigEndian.PutUint64(b[i:], r.l1Entry(binary.BigEndian.Uint64(b[i:]), t.active, nil))
+		}
+		if err := r.write(b, t.To+at); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// writeRefcounts writes the new refcount blocks.
+func (r *repairer) writeRefcounts(buf []byte) error {
+	c, g := &r.c, &r.im.geo
+	per := g.refcountsPerBlock()
+	counts := new(chunkCounts)
+	step := min(per, refcountChunk)
+	old := make([]byte, step*int64(g.refcountBits)/8)
+	for i, off := range r.table {
+		if off == 0 {
+			continue
+		}
+		clear(buf)
+		first := int64(i) * per
+		for start := first; start < min(first+per, c.refs.n); start += step {
+			c.refs.chunk(start&^(refcountChunk-1), counts)
+			var stored []byte
+			if !r.all {
+				var err error
+				if stored, err = c.readRefcounts(old, start); err != nil {
+					return err
+				}
+			}
+			for n := start; n < min(start+step, c.refs.n); n++ {
+				count := uint64(counts.count[n%refcountChunk])
+				if !r.all && n < r.start {
+					count = min(count, g.refcountIn(stored, n)) // those that are too low stay so
+				}
+				if count != 0 {
+					putRefcount(buf, g.refcountBits, n-first, count)
+				}
+			}
+		}
+		if err := r.write(buf, int64(off)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// open opens the image without what a repair does not need, and with a snapshot
+// table that is over the limits if that is to be repaired.
+func (r *repairer) open() error {
+	im := r.im
+	prefix := make([]byte, headerSizeV2)
+	if err := readFull(im.dev, prefix, 0); err != nil {
+		return fmt.Errorf("qcow2: header: %w", err)
+	}
+	h, err := parsePrefix(prefix)
+	if err != nil {
+		return err
+	}
+	b, err := readTable(im.dev, 0, h.ClusterSize())
+	if err != nil {
+		return fmt.Errorf("qcow2: header: %w", err)
+	}
+	if n := binary.BigEndian.Uint32(prefix[headerNbSnapshots:]); r.all && n > maxSnapshots && len(b) >= headerSizeV2 {
+		r.dropped(int64(n - maxSnapshots))
+		binary.BigEndian.PutUint32(b[headerNbSnapshots:], maxSnapshots)
+	}
+	if im.header, err = parseHeader(b); err != nil {
+		return err
+	}
+	im.geo = im.header.geometry()
+	if r.all {
+		return r.readSnapshots()
+	}
+	im.snapshots, im.snapEnd, err = readSnapshots(im.dev, &im.header)
+	return err
+}
+
+func (r *repairer) dropped(n int64) {
+	r.c.found(Finding{Kind: SnapshotsTooMany, Off: int64(r.im.header.SnapshotsOffset), Value: uint64(n), Count: n})
+	r.snapshotsBad = true
+}
+
+// readSnapshots reads a snapshot table as far as it can be: with the first
+// bytes of extra data that is too long, and without the entries that are over
+// the limits (block/qcow2-snapshot.c, qcow2_do_read_snapshots).
+func (r *repairer) readSnapshots() error {
+	im := r.im
+	h := &im.header
+	if h.NbSnapshots == 0 {
+		return nil
+	}
+	start := int64(h.SnapshotsOffset)
+	head := make([]byte, snapshotHeaderSize)
+	pos, table := int64(0), int64(0) // bytes read, bytes that the entries take
+	for i := range int64(h.NbSnapshots) {
+		pos, table = (pos+7)&^7, (table+7)&^7
+		// What lies beyond the end of the file is zeroes.
+		if err := readFull(im.dev, head, start+pos); err != nil {
+			return fmt.Errorf("qcow2: snapshot table at %#x: %w", start+pos, err)
+		}
+		extra := int64(binary.BigEndian.Uint32(head[36:]))
+		kept := min(extra, maxSnapshotExtraData)
+		names := int64(binary.BigEndian.Uint16(head[12:])) + int64(binary.BigEndian.Uint16(head[14:]))
+		next := pos + snapshotHeaderSize + extra + names
+		table += snapshotHeaderSize + kept + names
+		if table > maxSnapshotTableSize || next > math.MaxInt32 || start+pos >= im.dev.Size() {
+			r.dropped(int64(h.NbSnapshots) - i)
+			break
+		}
+		b := make([]byte, snapshotHeaderSize+kept+names) // at most 40 + 1024 + 2*65535
+		if err := readFull(im.dev, b[:snapshotHeaderSize+kept], start+pos); err != nil {
+			return fmt.Errorf("qcow2: snapshot table at %#x: %w", start+pos, err)
+		}
+		if err := readFull(im.dev, b[snapshotHeaderSize+kept:], start+pos+snapshotHeaderSize+extra); err != nil {
+			return fmt.Errorf("qcow2: snapshot table at %#x: %w", start+pos, err)
+		}
+		if extra > kept {
+			r.c.found(Finding{Kind: SnapshotExtraData, Off: start + pos, Index: i, Value: uint64(extra)})
+			r.snapshotsBad = true
+			binary.BigEndian.PutUint32(b[36:], uint32(kept))
+		}
+		im.snapshots = append(im.snapshots, parseSnapshot(b, h.Size&^511))
+		pos = next
+	}
+	im.snapEnd = start + pos
+	return nil
+}
