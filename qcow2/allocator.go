@@ -316,6 +316,10 @@ func (a *allocator) addBlock(index int64) error {
 		if err := a.grow(index); err != nil {
 			return err
 		}
+		// The larger table may have needed the block itself.
+		if a.table[index] != 0 {
+			return nil
+		}
 	}
 	s := a.perBlock()
 	at, err := a.find(1)

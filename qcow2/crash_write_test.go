@@ -218,6 +218,7 @@ func guestOps() []crashOp {
 		{"write where nothing is", write(emptyAt, 10, times(5, 2))},
 		{"write across", write(mixedAt, 200, times(6, 1))},
 		{"write without a table", write(emptyTableAt, 10, times(1, 1))},
+		{"write many", write(emptyTableAt, 0, func(c int64) int64 { return min(60*c, 64<<10) })},
 		{"write the end", write(fixtureClusters-1, 0, func(c int64) int64 { return c - 512 })},
 		{"zero data", func(tr *qcow2.Trial, c int64, _ byte) { tr.Zero(plainAt*c+100, 2*c) }},
 		{"zero compressed", func(tr *qcow2.Trial, c int64, _ byte) { tr.Zero((compressedAt+1)*c, c) }},
@@ -274,6 +275,57 @@ func TestCrashSequences(t *testing.T) {
 	t.Logf("%d states", states)
 	if !t.Failed() && states < 5000 {
 		t.Errorf("%d states, expected 5000 at least", states)
+	}
+}
+
+// TestCrashGrowth looks at what a crash leaves where the writes of the guest
+// need new refcount blocks and a larger refcount table.
+func TestCrashGrowth(t *testing.T) {
+	opts := &blocktest.CrashOptions{Subsets: 32, Tears: 2}
+	if *crashLong {
+		opts = nil
+	}
+	for _, format := range []qcow2.FormatOptions{
+		{ClusterSize: 512, RefcountBits: 64},
+		{ClusterSize: 512, RefcountBits: 16},
+		{ClusterSize: 512, Version: 2},
+	} {
+		t.Run(fmt.Sprint(format.Version, " ", format.RefcountBits), func(t *testing.T) {
+			bits := int64(max(format.RefcountBits, 16))
+			block := int64(512) * (512 * 8 / bits) // what a refcount block counts
+			table := block * (512 / 8)             // and a refcount table of a cluster
+			m := blockdev.NewMemory(0)
+			if err := qcow2.Create(t.Context(), m, table+64<<10, &qcow2.CreateOptions{FormatOptions: format}); err != nil {
+				t.Fatal(err)
+			}
+			im, err := qcow2.New(m, &qcow2.OpenOptions{Write: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			// Up to where the table, and its last block, are nearly full.
+			at := int64(0)
+			for ; m.Size() < table-6<<10; at += 2048 {
+				if _, err := im.WriteAt(noise(byte(at>>11), 2048), at); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := im.Close(); err != nil {
+				t.Fatal(err)
+			}
+			tables := im.Header().RefcountTableClusters
+			tr := qcow2.NewTrial(t, m, &qcow2.TrialOptions{EveryWrite: 50})
+			tr.Write(at, noise(60, 1024))
+			tr.Sync()
+			for i := range int64(4) {
+				tr.Write(at+2048+3072*i, noise(byte(61+i), 3072))
+			}
+			tr.Sync()
+			tr.Write(at+20<<10, noise(70, 3072))
+			if n := tr.Image.Header().RefcountTableClusters; n == tables {
+				t.Errorf("the refcount table has %d clusters as before", n)
+			}
+			t.Logf("%d states", tr.Verify(opts))
+		})
 	}
 }
 

@@ -354,6 +354,7 @@ func (im *Image) settledEntry(entry uint64, a *allocator) (uint64, error) {
 
 // setL1 changes an entry of the active L1 table.
 func (im *Image) setL1(index int64, entry uint64) {
+	im.w.unsynced = true
 	binary.BigEndian.PutUint64(im.l1[index*l1EntrySize:], entry)
 	im.w.dirtyL1[index*l1EntrySize/sectorSize] = true
 	im.hole.Store(nil)
@@ -361,6 +362,7 @@ func (im *Image) setL1(index int64, entry uint64) {
 
 // set changes the entry at p.
 func (im *Image) set(p l2Place, entry, bitmap uint64) {
+	im.w.unsynced = true
 	binary.BigEndian.PutUint64(p.slice[p.at:], entry)
 	if im.geo.extended {
 		binary.BigEndian.PutUint64(p.slice[p.at+8:], bitmap)
@@ -385,6 +387,7 @@ func (im *Image) entry(p l2Place) (entry, bitmap uint64) {
 // free gives up a reference to each cluster that n bytes at off lie in, after
 // the next flush.
 func (im *Image) free(off, n int64, discard bool) {
+	im.w.unsynced = true
 	if f := im.w.frees; len(f) > 0 && f[len(f)-1].off+f[len(f)-1].n == off && f[len(f)-1].discard == discard && off&(im.geo.clusterSize-1) == 0 {
 		f[len(f)-1].n += n
 		return

@@ -232,6 +232,7 @@ func (im *Image) writeHost(p []byte, off, host int64) error {
 
 // writeData writes what the data file has to hold at host.
 func (im *Image) writeData(p []byte, off, host int64) error {
+	im.w.unsynced = true
 	n := int64(len(p))
 	if im.geo.dataFile {
 		if end := host + n; end > im.w.data.Size() {
@@ -423,6 +424,7 @@ func (im *Image) zeroCluster(at l2Place, off, lo, hi int64) error {
 
 // zeroData makes the raw data file hold zeroes.
 func (im *Image) zeroData(off, n int64) error {
+	im.w.unsynced = true
 	if n = min(n, im.w.data.Size()-off); n <= 0 {
 		return nil
 	}
