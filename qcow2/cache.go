@@ -103,8 +103,9 @@ func (c *tableCache) forget(image int) {
 	}
 }
 
-// clusterCacheSize is how many decompressed clusters are kept, so that small
-// reads one after the other decompress each cluster once.
+// clusterCacheSize is how many clusters are kept that were decompressed in part,
+// so that small reads one after the other decompress each cluster once, and a
+// single one no more of it than it needs.
 const clusterCacheSize = 4
 
 type clusterKey struct {
@@ -112,29 +113,41 @@ type clusterKey struct {
 	entry uint64
 }
 
-// clusterCache keeps the compressed clusters last read in part. What it holds
-// is never changed.
+// clusterCache keeps the compressed clusters last read in part.
 type clusterCache struct {
-	mu   sync.Mutex
-	keys [clusterCacheSize]clusterKey
-	data [clusterCacheSize][]byte
-	next int
+	mu      sync.Mutex
+	entries [clusterCacheSize]*partCluster
+	next    int
 }
 
-func (c *clusterCache) get(k clusterKey) []byte {
+// partCluster is a cluster whose first n bytes have been decompressed.
+type partCluster struct {
+	mu    sync.Mutex
+	key   clusterKey
+	b     []byte // a whole cluster
+	n     int
+	codec *codec // that goes on behind them
+	err   error
+}
+
+// get returns the entry of a cluster, a new one if there is none.
+func (c *clusterCache) get(k clusterKey, size int64) *partCluster {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for i := range c.keys {
-		if c.keys[i] == k && c.data[i] != nil {
-			return c.data[i]
+	for _, e := range c.entries {
+		if e != nil && e.key == k {
+			return e
 		}
 	}
-	return nil
-}
-
-func (c *clusterCache) put(k clusterKey, b []byte) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.keys[c.next], c.data[c.next] = k, b
+	e := c.entries[c.next]
+	// One that is still being read is left to its reader.
+	if e == nil || len(e.b) != int(size) || !e.mu.TryLock() {
+		e = &partCluster{b: make([]byte, size), codec: &codec{}}
+		e.mu.Lock()
+	}
+	e.key, e.n, e.err = k, 0, nil
+	e.mu.Unlock()
+	c.entries[c.next] = e
 	c.next = (c.next + 1) % clusterCacheSize
+	return e
 }

@@ -25,15 +25,68 @@ func (im *Image) readCompressed(p []byte, in int64, entry uint64) error {
 		return im.decompress(p, entry)
 	}
 	key := clusterKey{im.id, entry}
-	b := im.shared.clusters.get(key)
-	if b == nil {
-		b = make([]byte, im.geo.clusterSize)
-		if err := im.decompress(b, entry); err != nil {
+	for {
+		c := im.shared.clusters.get(key, im.geo.clusterSize)
+		c.mu.Lock()
+		if c.key != key { // given to another meanwhile
+			c.mu.Unlock()
+			continue
+		}
+		err := im.extend(c, int(in)+len(p))
+		if err == nil {
+			copy(p, c.b[in:])
+		}
+		c.mu.Unlock()
+		return err
+	}
+}
+
+// extend decompresses a cluster up to n bytes at least.
+func (im *Image) extend(c *partCluster, n int) error {
+	if c.err != nil || n <= c.n {
+		return c.err
+	}
+	if im.header.CompressionType == CompressionZstd {
+		n = len(c.b) // whole frames
+	}
+	off, size := im.geo.compressed(c.key.entry)
+	if c.n == 0 {
+		if c.err = im.readCodec(c.codec, off, size); c.err != nil {
+			err := c.err
+			c.err = nil // another time it may do
 			return err
 		}
-		im.shared.clusters.put(key, b)
 	}
-	copy(p, b[in:])
+	var err error
+	if im.header.CompressionType == CompressionZstd {
+		err = c.codec.unzstd(c.b)
+	} else {
+		_, err = io.ReadFull(c.codec.flate, c.b[c.n:n])
+	}
+	if err != nil {
+		c.err = im.compressedError(off, size, err)
+		return c.err
+	}
+	c.n = n
+	return nil
+}
+
+func (im *Image) compressedError(off, n int64, err error) error {
+	return &FormatError{"compressed cluster", off, "", fmt.Sprintf("%s of %d bytes: %v", im.header.CompressionType, n, err), ErrCorrupt}
+}
+
+// readCodec reads the n bytes at off, at most two clusters, to be decompressed.
+func (im *Image) readCodec(c *codec, off, n int64) error {
+	if int64(cap(c.in)) < n {
+		c.in = make([]byte, n)
+	}
+	c.in = c.in[:n]
+	if err := readFull(im.dev, c.in, off); err != nil {
+		return fmt.Errorf("qcow2: compressed cluster at %#x: %w", off, err)
+	}
+	if im.header.CompressionType == CompressionZlib {
+		return c.startInflate()
+	}
 	return nil
 }
 
@@ -42,35 +95,29 @@ func (im *Image) decompress(p []byte, entry uint64) error {
 	off, n := im.geo.compressed(entry) // n is at most two clusters
 	c := im.shared.codecs.Get().(*codec)
 	defer im.shared.codecs.Put(c)
-	if int64(cap(c.in)) < n {
-		c.in = make([]byte, n)
-	}
-	c.in = c.in[:n]
-	if err := readFull(im.dev, c.in, off); err != nil {
-		return fmt.Errorf("qcow2: compressed cluster at %#x: %w", off, err)
+	if err := im.readCodec(c, off, n); err != nil {
+		return err
 	}
 	var err error
 	if im.header.CompressionType == CompressionZstd {
 		err = c.unzstd(p)
 	} else {
-		err = c.inflate(p)
+		_, err = io.ReadFull(c.flate, p)
 	}
 	if err != nil {
-		return &FormatError{"compressed cluster", off, "", fmt.Sprintf("%s of %d bytes: %v", im.header.CompressionType, n, err), ErrCorrupt}
+		return im.compressedError(off, n, err)
 	}
 	return nil
 }
 
-// inflate fills p from a raw deflate stream at the start of c.in.
-func (c *codec) inflate(p []byte) error {
+// startInflate makes c.flate read the raw deflate stream at the start of c.in.
+func (c *codec) startInflate() error {
 	c.src.Reset(c.in)
 	if c.flate == nil {
 		c.flate = flate.NewReader(&c.src)
-	} else if err := c.flate.(flate.Resetter).Reset(&c.src, nil); err != nil {
-		return err
+		return nil
 	}
-	_, err := io.ReadFull(c.flate, p)
-	return err
+	return c.flate.(flate.Resetter).Reset(&c.src, nil)
 }
 
 // unzstd fills p from the zstd frames at the start of c.in. The frame that p
