@@ -269,6 +269,10 @@ func (im *Image) l2ForWrite(off int64) (l2Place, error) {
 		return l2Place{}, &FormatError{"l1 entry", im.l1Off + index*l1EntrySize, "l2 table offset",
 			fmt.Sprintf("%#x not aligned to %#x", l2, g.clusterSize), ErrCorrupt}
 	}
+	if l2 >= im.w.dev.Size() {
+		return l2Place{}, &FormatError{"l1 entry", im.l1Off + index*l1EntrySize, "l2 table offset",
+			fmt.Sprintf("%#x is beyond the end of the file at %#x: run check", l2, im.w.dev.Size()), ErrCorrupt}
+	}
 	if l2 == 0 || entry&oflagCopied == 0 {
 		to, err := im.newL2(l2)
 		if err != nil {

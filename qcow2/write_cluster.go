@@ -55,6 +55,9 @@ func (im *Image) writePiece(p []byte, off int64) (int, error) {
 	entry, bitmap := im.entry(at)
 	typ := g.clusterType(entry)
 	if typ == clusterZeroAlloc && entry&oflagCopied != 0 && !g.dataFile {
+		if err := im.checkInFile(int64(entry & l2OffsetMask)); err != nil {
+			return 0, err
+		}
 		p = p[:min(int64(len(p)), g.clusterSize-in)]
 		return len(p), im.fillClusters(p, off, at, int64(entry&l2OffsetMask), 1)
 	}
@@ -101,7 +104,20 @@ func (im *Image) ownCluster(at l2Place, off int64) (host int64, ok bool, err err
 	if g.clusterType(entry) != clusterNormal || entry&oflagCopied == 0 {
 		return 0, false, nil
 	}
-	return r.host &^ (g.clusterSize - 1), true, nil
+	host = r.host &^ (g.clusterSize - 1)
+	return host, true, im.checkInFile(host)
+}
+
+// checkInFile refuses a cluster that the guest has beyond the end of the file,
+// where a damaged image would make it grow to any size, unless it is counted.
+func (im *Image) checkInFile(host int64) error {
+	if im.geo.dataFile || host < im.w.dev.Size() {
+		return nil
+	}
+	if n, err := im.w.alloc.get(host >> im.geo.clusterBits); n == 1 || err != nil {
+		return err
+	}
+	return fmt.Errorf("qcow2: cluster at %#x is beyond the end of the file at %#x, and has no refcount: run check: %w", host, im.w.dev.Size(), ErrCorrupt)
 }
 
 // overwrite writes p into clusters that the guest has alone. With extended L2
