@@ -291,11 +291,8 @@ func (im *Image) unlock(id string) error {
 		r.File = f.Name()
 	}
 	passphrase, err := secret(r)
-	if err != nil {
-		return fmt.Errorf("qcow2: passphrase: %w", err)
-	}
-	if passphrase == nil {
-		return nil
+	if err != nil || passphrase == nil {
+		return err
 	}
 	if im.header.CryptMethod == CryptAES {
 		im.crypt, err = newAESCrypt(passphrase)

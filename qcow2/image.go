@@ -63,7 +63,7 @@ type OpenOptions struct {
 	// Secret, if set, gives the passphrase of an encrypted image. It is called
 	// when one is opened, so once for each encrypted image of a chain. Nil, and
 	// a nil passphrase, leave the guest data locked: reading it is
-	// ErrEncrypted. A passphrase that does not fit makes opening fail with
+	// ErrEncrypted; its errors are those of opening. A passphrase that does not fit makes opening fail with
 	// ErrPassphrase; that of legacy AES cannot be checked. The time that LUKS
 	// takes by design grows with the iterations that the image names, up to
 	// the limit of about a minute.

@@ -105,6 +105,15 @@ func formatOptions(format string) ([]optionDesc, error) {
 		return []optionDesc{size}, nil
 	case "qcow2":
 		return []optionDesc{
+			{"encryption", boolOption, "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)", ""},
+			{"encrypt.format", stringOption, "Encrypt the image, format choices: 'aes', 'luks'", ""},
+			{"encrypt.key-secret", stringOption, "ID of secret providing qcow AES key or LUKS passphrase", ""},
+			{"encrypt.cipher-alg", stringOption, "Name of encryption cipher algorithm", ""},
+			{"encrypt.cipher-mode", stringOption, "Name of encryption cipher mode", ""},
+			{"encrypt.ivgen-alg", stringOption, "Name of IV generator algorithm", ""},
+			{"encrypt.ivgen-hash-alg", stringOption, "Name of IV generator hash algorithm", ""},
+			{"encrypt.hash-alg", stringOption, "Name of encryption hash algorithm", ""},
+			{"encrypt.iter-time", numberOption, "Time to spend in PBKDF in milliseconds", ""},
 			{"cluster_size", sizeOption, "qcow2 cluster size", "65536"},
 			{"extended_l2", boolOption, "Extended L2 tables", "off"},
 			{"preallocation", stringOption, "Preallocation mode (allowed values: off, metadata, falloc, full)", ""},
@@ -182,7 +191,7 @@ func create(ctx context.Context, host Host, o *createOptions, list, name string,
 	if o.format == "raw" {
 		return createRaw(ctx, path, opts)
 	}
-	return createQcow2(ctx, path, opts)
+	return createQcow2(ctx, path, opts, &o.secrets)
 }
 
 // checkBacking looks at the backing file: it has to be there, and gives its
@@ -257,8 +266,8 @@ func createRaw(ctx context.Context, path string, opts *optionList) error {
 	return out.Commit()
 }
 
-func createQcow2(ctx context.Context, path string, opts *optionList) (err error) {
-	co, err := qcow2Options(opts)
+func createQcow2(ctx context.Context, path string, opts *optionList, s *secrets) (err error) {
+	co, err := qcow2Options(opts, s)
 	if err != nil {
 		return err
 	}

@@ -2,13 +2,14 @@ package cli
 
 import (
 	"math"
+	"time"
 
 	"qimg/qcow2"
 )
 
 // qcow2Options turns -o into the options of a new image. What the options say
 // together is for qcow2.Create to check.
-func qcow2Options(l *optionList) (*qcow2.CreateOptions, error) {
+func qcow2Options(l *optionList, s *secrets) (*qcow2.CreateOptions, error) {
 	co := &qcow2.CreateOptions{DataFile: l.str("data_file"), DataFileRaw: l.bool("data_file_raw")}
 	co.ExtendedL2 = l.bool("extended_l2")
 	co.LazyRefcounts = l.bool("lazy_refcounts")
@@ -42,7 +43,45 @@ func qcow2Options(l *optionList) (*qcow2.CreateOptions, error) {
 		return nil, messagef("Refcount width must be a power of two and may not exceed 64 bits")
 	}
 	co.RefcountBits = int(n)
-	return co, nil
+	co.Encrypt, err = encryptOptions(l, s)
+	return co, err
+}
+
+// encryptOptions turns encryption and encrypt.* into the options of a new image.
+func encryptOptions(l *optionList, s *secrets) (o qcow2.EncryptOptions, err error) {
+	format := l.str("encrypt.format")
+	switch {
+	case l.bool("encryption") && l.has("encrypt.format"):
+		return o, messagef("'encrypt.format' and its alias 'encryption' can't be used at the same time")
+	case l.bool("encryption"), format == "aes", format == "qcow":
+		o.Method = qcow2.CryptAES
+	case format == "luks":
+		o.Method = qcow2.CryptLUKS
+	case l.has("encrypt.format"):
+		return o, notAccepted("format", format)
+	}
+	for _, x := range []struct {
+		name string
+		to   *string
+	}{{"cipher-alg", &o.CipherAlg}, {"cipher-mode", &o.CipherMode}, {"ivgen-alg", &o.IVGenAlg},
+		{"ivgen-hash-alg", &o.IVGenHashAlg}, {"hash-alg", &o.HashAlg}} {
+		if *x.to = l.str("encrypt." + x.name); *x.to == "" && l.has("encrypt."+x.name) {
+			return o, notAccepted(x.name, "") // what is empty is the default
+		}
+	}
+	if l.has("encrypt.iter-time") {
+		ms := min(l.uint("encrypt.iter-time"), math.MaxInt64/uint64(time.Millisecond))
+		o.IterTime = max(time.Duration(ms)*time.Millisecond, 1) // 0 is no default here
+	}
+	if o.Method == qcow2.CryptNone && !l.has("encrypt.key-secret") {
+		return o, nil
+	}
+	if o.Method == qcow2.CryptNone {
+		o.Passphrase = []byte{} // Create says that the format is missing
+		return o, nil
+	}
+	o.Passphrase, err = s.passphrase(l.str("encrypt.key-secret"))
+	return o, err
 }
 
 // clusterSize checks what qcow2.FormatOptions would take for its default, or

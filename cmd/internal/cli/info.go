@@ -211,7 +211,7 @@ func luksObject(h *qcow2.LUKSHeader) object {
 	}
 	o := object{{"ivgen-alg", ivgen}, {"hash-alg", h.HashSpec}, {"cipher-alg", fmt.Sprintf("%s-%d", h.CipherName, bits)},
 		{"uuid", h.UUID}}
-	if ivhash != "" {
+	if ivgen == "essiv" {
 		o.add("ivgen-hash-alg", ivhash)
 	}
 	return append(o, object{{"format", "luks"}, {"cipher-mode", mode}, {"slots", slots},

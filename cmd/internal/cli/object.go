@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"bytes"
 	"crypto/aes"
 	"crypto/cipher"
 	"encoding/base64"
@@ -12,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"unicode/utf8"
 )
 
 // maxSecret bounds the file that a secret is read from, in bytes.
@@ -65,6 +67,21 @@ func (s *secrets) lookup(id string) ([]byte, error) {
 		}
 	}
 	return nil, messagef("No secret with id '%s'", id)
+}
+
+// passphrase returns the secret that encrypt.key-secret names.
+func (s *secrets) passphrase(id string) ([]byte, error) {
+	if id == "" {
+		return nil, messagef("Parameter 'encrypt.key-secret' is required for cipher")
+	}
+	data, err := s.lookup(id)
+	if err != nil {
+		return nil, err
+	}
+	if !utf8.Valid(data) || bytes.IndexByte(data, 0) >= 0 {
+		return nil, messagef("Data from secret %s is not valid UTF-8", id)
+	}
+	return append([]byte{}, data...), nil // an empty one is not nil
 }
 
 // objectKeyval reads TYPE,NAME=VALUE,... in which ",," is a comma.

@@ -208,6 +208,7 @@ func (o *opening) openQcow2(img, file *image, opts blockOptions, noBacking bool)
 	if err != nil {
 		return err
 	}
+	var asked qcow2.SecretRequest
 	qo := &qcow2.OpenOptions{Write: o.write, ForceShare: o.forceShare, Backing: qcow2.BackingIgnore, Snapshot: o.snapshot}
 	if o.chain {
 		qo.Backing = qcow2.BackingFollow
@@ -215,10 +216,8 @@ func (o *opening) openQcow2(img, file *image, opts blockOptions, noBacking bool)
 			if r.Depth == 0 {
 				r.ID = l.str("encrypt.key-secret")
 			}
-			if r.ID == "" {
-				return nil, nil
-			}
-			return o.secrets.lookup(r.ID)
+			asked = r
+			return o.secrets.passphrase(r.ID)
 		}
 	}
 	if err := o.openData(img, opts, qo); err != nil {
@@ -230,6 +229,9 @@ func (o *opening) openQcow2(img, file *image, opts blockOptions, noBacking bool)
 		return err
 	}
 	if img.qcow2, err = qcow2.New(img.dev, qo); err != nil {
+		if errors.Is(err, qcow2.ErrPassphrase) && asked.Depth > 0 {
+			return prefixError("Could not open backing file", qcow2Error(err))
+		}
 		return qcow2Error(err)
 	}
 	img.closers = append(img.closers, img.qcow2)
@@ -247,6 +249,9 @@ func (o *opening) openQcow2(img, file *image, opts blockOptions, noBacking bool)
 func qcow2Error(err error) error {
 	if errors.Is(err, qcow2.ErrFormat) {
 		return messagef("Image is not in qcow2 format")
+	}
+	if errors.Is(err, qcow2.ErrPassphrase) {
+		return messagef("Invalid password, cannot unlock any keyslot")
 	}
 	return err
 }

@@ -1,0 +1,107 @@
+package cli_test
+
+import (
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"qimg/qcow2/blockdev/oracle"
+)
+
+// luksRandom is what is not the same in two LUKS images that are made alike.
+var luksRandom = regexp.MustCompile(`(iters|uuid): .*`)
+
+// TestCreateEncrypted makes the same encrypted images with qemu-img and with
+// qimg: the same is printed, and both programs say the same of both.
+func TestCreateEncrypted(t *testing.T) {
+	oracle.Require(t, "qemu-img", "qemu-io")
+	t.Chdir(t.TempDir())
+	writeFile(t, "key", "YWJj")
+	for _, secret := range []string{"data=abc", "file=key,format=base64"} {
+		for _, options := range []string{
+			"encryption=on",
+			"encryption=off,encrypt.format=aes,compat=0.10",
+			"encrypt.format=luks,encrypt.iter-time=10,encrypt.cipher-alg=aes-128,encrypt.hash-alg=sha1,encrypt.ivgen-hash-alg=sha256,cluster_size=4k",
+		} {
+			luks := strings.Contains(options, "luks")
+			if luks && secret != "data=abc" {
+				continue // it takes QEMU seconds
+			}
+			args := []string{"create", "-f", "qcow2", "--object", "secret,id=s," + secret, "-o", options + ",encrypt.key-secret=s", "x", "1M"}
+			want := oracle.Run(t, "qemu-img", args...)
+			for range 20 { // it measures how fast it is, and fails where it cannot
+				if !strings.Contains(want.Stderr, "Unable to get accurate CPU usage") {
+					break
+				}
+				want = oracle.Run(t, "qemu-img", args...)
+			}
+			wantInfo := oracle.MustRun(t, "qemu-img", "info", "x")
+			os.Remove("x")
+			if diff := cmp.Diff(want, run(t, args...)); diff != "" {
+				t.Errorf("%s: -qemu-img +qimg\n%s", options, diff)
+				continue
+			}
+			for _, info := range []string{oracle.MustRun(t, "qemu-img", "info", "x"), mustRun(t, "info", "x")} {
+				r := oracle.Result{Stdout: luksRandom.ReplaceAllString(info, "$1")}
+				w := oracle.Result{Stdout: luksRandom.ReplaceAllString(wantInfo, "$1")}
+				if diff := cmp.Diff(withoutDiskSize(w), withoutDiskSize(r)); diff != "" {
+					t.Errorf("%s: info: -qemu-img +qimg\n%s", options, diff)
+				}
+			}
+			imageOpts := []string{"--object", "secret,id=s," + secret, "--image-opts", "driver=qcow2,encrypt.key-secret=s,file.filename=x"}
+			oracle.MustRun(t, "qemu-img", append([]string{"check"}, imageOpts...)...)
+			oracle.MustRun(t, "qemu-io", append(imageOpts, "-c", "write -P 3 70000 1000")...)
+			same(t, append([]string{"map"}, imageOpts...)...)
+			os.Remove("x")
+		}
+	}
+}
+
+// TestEncryptErrors: what is said of secrets and options that are wrong.
+func TestEncryptErrors(t *testing.T) {
+	oracle.Require(t, "qemu-img")
+	dir := oracle.Input(t, "zoo")
+	t.Chdir(t.TempDir())
+	writeFile(t, "bad", "\xff")
+	writeFile(t, "zero", "a\x00b")
+	const create = "create -f qcow2 --object secret,id=s,data=abc -o "
+	open := "driver=qcow2,encrypt.key-secret=s,file.filename=" + dir + "/"
+	for _, line := range []string{
+		create + "encrypt.format=luks x 1M",
+		create + "encrypt.format=luks,encrypt.key-secret=nope x 1M",
+		create + "encrypt.format=foo,encrypt.key-secret=s x 1M",
+		create + "encrypt.format=,encrypt.key-secret=s x 1M",
+		create + "encrypt.key-secret=s x 1M",
+		create + "encrypt.iter-time=10 x 1M",
+		create + "encrypt.iter-time=x x 1M",
+		create + "encryption=on x 1M",
+		create + "encryption=maybe x 1M",
+		create + "encryption=on,encrypt.format=luks,encrypt.key-secret=s x 1M",
+		create + "encrypt.format=aes,encrypt.key-secret=s,encrypt.iter-time=10 x 1M",
+		create + "encrypt.format=aes,encrypt.key-secret=s,encrypt.cipher-alg=aes-256 x 1M",
+		create + "encrypt.format=luks,encrypt.key-secret=s,encrypt.cipher-alg=foo x 1M",
+		create + "encrypt.format=luks,encrypt.key-secret=s,encrypt.cipher-alg= x 1M",
+		create + "encrypt.format=luks,encrypt.key-secret=s,encrypt.cipher-alg=des x 1M",
+		create + "encrypt.format=luks,encrypt.key-secret=s,encrypt.cipher-mode=foo x 1M",
+		create + "encrypt.format=luks,encrypt.key-secret=s,encrypt.ivgen-alg=foo x 1M",
+		create + "encrypt.format=luks,encrypt.key-secret=s,encrypt.ivgen-hash-alg=foo x 1M",
+		create + "encrypt.format=luks,encrypt.key-secret=s,encrypt.hash-alg=foo x 1M",
+		create + "encrypt.format=luks,encrypt.key-secret=s,encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha1 x 1M",
+		"create -f qcow2 --object secret,id=s,file=bad -o encrypt.format=luks,encrypt.key-secret=s x 1M",
+		"create -f qcow2 --object secret,id=s,file=zero -o encrypt.format=luks,encrypt.key-secret=s x 1M",
+		"create -f qcow2 --object secret,id=s -o encrypt.format=luks,encrypt.key-secret=s x 1M",
+		"create -f raw -o encrypt.format=luks x 1M",
+		"map " + dir + "/luks.qcow2",
+		"map " + dir + "/aes-legacy.qcow2",
+		"map --image-opts " + open + "luks.qcow2",
+		"map --object secret,id=s,data=wrong --image-opts " + open + "luks.qcow2",
+		"map --object secret,id=s,data=wrong --image-opts " + open + "aes-legacy.qcow2",
+		"map --object secret,id=s,data=zoo-secret --image-opts " + open + "luks-2keys.qcow2",
+		"map --object secret,id=s,file=bad --image-opts " + open + "luks.qcow2",
+	} {
+		same(t, strings.Fields(line)...)
+	}
+}
