@@ -3,11 +3,14 @@
 // ratios: absolute times are the machine's, ratios are qimg's.
 //
 //	go run ./cmd/qimg-bench [-n RUNS] [-tmp DIR] TREE...
+//	go run ./cmd/qimg-bench [-n RUNS] [-tmp DIR] -images TREE
 //
 // For every TREE it makes a disk with `qimg build` (qcow2) and with
 // `mke2fs -t ext4 -d` (raw). Both end with the disk on stable storage. Source
-// trees are read once before, so that both find them in memory. It needs Go
-// and e2fsprogs.
+// trees are read once before, so that both find them in memory. With -images it
+// measures the commands for images against those of qemu-img instead, on an
+// image made from TREE and on images of metadata alone. It needs Go,
+// e2fsprogs and qemu-img.
 package main
 
 import (
@@ -30,18 +33,19 @@ func main() {
 	defer stop()
 	runs := flag.Int("n", 5, "counted runs of each program")
 	tmp := flag.String("tmp", "", "folder for the disks (default: the system's)")
+	images := flag.Bool("images", false, "measure the commands for images against qemu-img")
 	flag.Parse()
-	if flag.NArg() == 0 || *runs < 1 {
-		fmt.Fprintln(os.Stderr, "usage: qimg-bench [-n RUNS] [-tmp DIR] TREE...")
+	if flag.NArg() == 0 || *runs < 1 || *images && flag.NArg() != 1 {
+		fmt.Fprintln(os.Stderr, "usage: qimg-bench [-n RUNS] [-tmp DIR] [-images] TREE...")
 		os.Exit(1)
 	}
-	if err := bench(ctx, *tmp, *runs, flag.Args()); err != nil {
+	if err := bench(ctx, *tmp, *runs, *images, flag.Args()); err != nil {
 		fmt.Fprintln(os.Stderr, "qimg-bench:", err)
 		os.Exit(1)
 	}
 }
 
-func bench(ctx context.Context, tmp string, runs int, trees []string) error {
+func bench(ctx context.Context, tmp string, runs int, images bool, trees []string) error {
 	dir, err := os.MkdirTemp(tmp, "qimg-bench-")
 	if err != nil {
 		return err
@@ -54,6 +58,14 @@ func bench(ctx context.Context, tmp string, runs int, trees []string) error {
 		return fmt.Errorf("go build: %w", err)
 	}
 
+	if images {
+		return benchImages(ctx, dir, qimg, runs, trees[0])
+	}
+	return benchBuild(ctx, dir, qimg, runs, trees)
+}
+
+// benchBuild measures build against mke2fs.
+func benchBuild(ctx context.Context, dir, qimg string, runs int, trees []string) error {
 	fmt.Printf("medians of %d pairs; ratios are qimg / mke2fs, pair by pair\n\n", runs)
 	fmt.Printf("| tree | CPU qimg | CPU mke2fs | CPU ratio (min..max) | wall qimg | wall mke2fs | wall ratio (min..max) | peak MiB qimg | mke2fs |\n")
 	fmt.Printf("|---|---|---|---|---|---|---|---|---|\n")
@@ -65,22 +77,24 @@ func bench(ctx context.Context, tmp string, runs int, trees []string) error {
 		ours, theirs := filepath.Join(dir, "disk.qcow2"), filepath.Join(dir, "disk.raw")
 		var a, b []sample
 		for i := range runs + 1 {
-			x, err := run(ctx, ours, qimg, "build", "-q", tree, ours)
+			x, err := run(ctx, qimg, "build", "-q", tree, ours)
 			if err != nil {
 				return err
 			}
 			size := fmt.Sprintf("%dm", bytes>>20*3/2+256)
-			y, err := run(ctx, theirs, "mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-d", tree, theirs, size)
+			y, err := run(ctx, "mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-d", tree, theirs, size)
 			if err != nil {
 				return err
+			}
+			for _, name := range []string{ours, theirs} {
+				if err := os.Remove(name); err != nil {
+					return err
+				}
 			}
 			if i > 0 { // the first pair warms up
 				a, b = append(a, x), append(b, y)
 			}
 		}
-		cpu := func(s sample) float64 { return s.cpu.Seconds() }
-		wall := func(s sample) float64 { return s.wall.Seconds() }
-		peak := func(s sample) float64 { return float64(s.peak) / (1 << 20) }
 		fmt.Printf("| %s | %.2f s | %.2f s | %s | %.2f s | %.2f s | %s | %.0f | %.0f |\n", filepath.Base(tree),
 			median(a, cpu), median(b, cpu), ratio(a, b, cpu), median(a, wall), median(b, wall), ratio(a, b, wall),
 			median(a, peak), median(b, peak))
@@ -94,8 +108,8 @@ type sample struct {
 	peak      int64 // bytes
 }
 
-// run runs a program that makes a file, and removes the file.
-func run(ctx context.Context, out, program string, args ...string) (sample, error) {
+// run runs a program.
+func run(ctx context.Context, program string, args ...string) (sample, error) {
 	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Stderr = os.Stderr
 	start := time.Now()
@@ -106,7 +120,7 @@ func run(ctx context.Context, out, program string, args ...string) (sample, erro
 	}
 	s.cpu = cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
 	s.peak = peakMemory(cmd.ProcessState)
-	return s, os.Remove(out)
+	return s, nil
 }
 
 // measure reads a tree and returns the bytes that its files and inodes take,
@@ -124,6 +138,13 @@ func measure(tree string) (int64, error) {
 	})
 	return sum, err
 }
+
+func cpu(s sample) float64 { return s.cpu.Seconds() }
+
+func wall(s sample) float64 { return s.wall.Seconds() }
+
+// peak is in MiB.
+func peak(s sample) float64 { return float64(s.peak) / (1 << 20) }
 
 func median(s []sample, of func(sample) float64) float64 {
 	v := make([]float64, len(s))
