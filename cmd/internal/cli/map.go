@@ -64,6 +64,7 @@ func runMap(ctx context.Context, host Host, o *mapOptions, f *pflag.FlagSet, arg
 		return err
 	}
 	o.open.chain = true
+	o.open.cacheSize = 1 << 20 // each table is looked at once
 	img, err := openImage(args[0], &o.open)
 	if err != nil {
 		return couldNotOpen(args[0], err)

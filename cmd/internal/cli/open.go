@@ -26,8 +26,10 @@ type openOptions struct {
 	write bool
 	// snapshot, if set, is read in place of the active content.
 	snapshot string
-	secrets  *secrets
-	host     Host // for warnings
+	// cacheSize bounds the tables in memory, in bytes; 0: what the library has.
+	cacheSize int64
+	secrets   *secrets
+	host      Host // for warnings
 }
 
 // image is an image that is open.

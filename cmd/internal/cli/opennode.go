@@ -209,7 +209,7 @@ func (o *opening) openQcow2(img, file *image, opts blockOptions, noBacking bool)
 		return err
 	}
 	var asked qcow2.SecretRequest
-	qo := &qcow2.OpenOptions{Write: o.write, ForceShare: o.forceShare, Backing: qcow2.BackingIgnore, Snapshot: o.snapshot}
+	qo := &qcow2.OpenOptions{Write: o.write, ForceShare: o.forceShare, Backing: qcow2.BackingIgnore, Snapshot: o.snapshot, CacheSize: o.cacheSize}
 	if o.chain {
 		qo.Backing = qcow2.BackingFollow
 		qo.Secret = func(r qcow2.SecretRequest) ([]byte, error) {
