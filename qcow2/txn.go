@@ -35,6 +35,8 @@ type txn struct {
 	alloced  bool  // something was allocated or freed
 	counted  bool  // references changed, so that copied flags can be wrong
 	fileSize int64 // at the beginning
+	prepared bool  // all but the header is on disk
+	snapEnd  int64 // of the snapshot table to be
 	done     bool
 }
 
@@ -57,6 +59,7 @@ func (im *Image) start(ctx context.Context) (*txn, error) {
 	}
 	h := im.header
 	h.Extensions = slices.Clone(h.Extensions)
+	h.AutoclearFeatures &= AutoclearBitmaps | AutoclearDataFileRaw
 	t := &txn{im: im, ctx: ctx, header: h, l1: im.l1Words(), snapshots: slices.Clone(im.snapshots), fileSize: im.w.dev.Size()}
 	im.w.txn = t
 	im.w.alloc.begin()
@@ -262,10 +265,9 @@ func (t *txn) settle() error {
 	return nil
 }
 
-// commit makes the new state that of the image. Order: all new tables, sync;
-// the header, sync. An error before the header is written leaves the image as
-// it was, and one after it makes the handle read-only.
-func (t *txn) commit() error {
+// prepare writes and syncs all that the new state needs but the header. Nothing
+// can be changed after it.
+func (t *txn) prepare() (err error) {
 	im, a := t.im, t.im.w.alloc
 	if err := t.settle(); err != nil {
 		return err
@@ -274,8 +276,7 @@ func (t *txn) commit() error {
 	if err := t.putL1(); err != nil {
 		return err
 	}
-	snapEnd, err := t.putSnapshots()
-	if err != nil {
+	if t.snapEnd, err = t.putSnapshots(); err != nil {
 		return err
 	}
 	if t.alloced || int64(len(a.table))*reftableEntrySize != int64(h.RefcountTableClusters)<<h.ClusterBits {
@@ -283,8 +284,19 @@ func (t *txn) commit() error {
 			return err
 		}
 	}
-	if err := blockdev.Sync(im.w.dev); err != nil {
-		return im.fail(err)
+	t.prepared = true
+	return im.fail(blockdev.Sync(im.w.dev))
+}
+
+// commit makes the new state that of the image. Order: all new tables, sync;
+// the header, sync. An error before the header is written leaves the image as
+// it was, and one after it makes the handle read-only.
+func (t *txn) commit() error {
+	im, a, h := t.im, t.im.w.alloc, &t.header
+	if !t.prepared {
+		if err := t.prepare(); err != nil {
+			return err
+		}
 	}
 	if err := im.writeHeader(h); err != nil {
 		return im.fail(err)
@@ -297,7 +309,7 @@ func (t *txn) commit() error {
 	im.l1, im.l1Off = l1Bytes(t.l1), int64(h.L1TableOffset)
 	im.size = int64(h.Size) &^ (sectorSize - 1)
 	im.snapshots = t.snapshots
-	im.snapEnd = snapEnd
+	im.snapEnd = t.snapEnd
 	im.hole.Store(nil)
 	im.shared.tables.forget(im.id)
 	return im.fail(im.mapTables())
