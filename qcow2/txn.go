@@ -3,6 +3,7 @@ package qcow2
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -99,10 +100,19 @@ func (t *txn) count(off, n int64, delta int) error {
 	g := &t.im.geo
 	for c := off >> g.clusterBits; c < (off+n+g.clusterSize-1)>>g.clusterBits; c++ {
 		if err := t.im.w.alloc.add(c, delta); err != nil {
-			return err
+			return t.failed(err)
 		}
 	}
 	return nil
+}
+
+// failed makes the image read-only if an error of the allocator is one of the
+// device.
+func (t *txn) failed(err error) error {
+	if errors.Is(err, ErrLimit) || errors.Is(err, ErrCorrupt) || errors.Is(err, errors.ErrUnsupported) {
+		return err
+	}
+	return t.im.fail(err)
 }
 
 // addEntryRef adds delta to the refcount of what an L2 entry refers to: its
@@ -136,7 +146,7 @@ func (t *txn) alloc(n int64) (int64, error) {
 	}
 	clusters := max(t.im.geo.clusters(n), 1)
 	c, _, err := t.im.w.alloc.alloc(clusters, clusters)
-	return c << t.im.geo.clusterBits, err
+	return c << t.im.geo.clusterBits, t.failed(err)
 }
 
 // write writes p into clusters that alloc returned.
