@@ -166,7 +166,7 @@ func (o *EncryptOptions) create(h *LUKSHeader) (c *crypt, area []byte, err error
 	master, uuid := make([]byte, n), make([]byte, 16)
 	defer clear(master)
 	slot := &h.KeySlots[0]
-	area = make([]byte, slot.KeyOffset+int64(roundUp(n*luksStripes, luksSector)))
+	area = make([]byte, slot.KeyOffset+int64(n)*luksStripes) // whole sectors, see luksHeader
 	split := area[slot.KeyOffset:]
 	for _, p := range [][]byte{master, uuid, h.MasterKeySalt[:], slot.Salt[:], split[:n*(luksStripes-1)]} {
 		if _, err := io.ReadFull(random, p); err != nil {
@@ -194,8 +194,8 @@ func (o *EncryptOptions) create(h *LUKSHeader) (c *crypt, area []byte, err error
 	}
 	defer clear(key)
 	// The last stripe is what makes all of them together give the master key.
-	last := split[n*(luksStripes-1) : n*luksStripes]
-	subtle.XORBytes(last, mergeKey(d.hash, split[:n*luksStripes], n), master)
+	last := split[n*(luksStripes-1):]
+	subtle.XORBytes(last, mergeKey(d.hash, split, n), master)
 	slotCipher, err := newSectorCipher(h.CipherMode, key)
 	if err != nil {
 		return nil, nil, err
@@ -203,7 +203,6 @@ func (o *EncryptOptions) create(h *LUKSHeader) (c *crypt, area []byte, err error
 	if err := newCrypt(slotCipher, false).encrypt(split, 0, 0); err != nil {
 		return nil, nil, err
 	}
-	clear(split[n*luksStripes:])
 	slot.Active = true
 	copy(area, h.appendTo(nil))
 

@@ -198,6 +198,30 @@ func TestSectorsOnly(t *testing.T) {
 	}
 }
 
+// TestSectorNumbers: plain counts sectors in 32 bits, plain64 in 64, and essiv
+// makes of them what plain64 does not.
+func TestSectorNumbers(t *testing.T) {
+	for spec, same := range map[string]bool{"xts-plain": true, "cbc-plain": true, "ctr-plain": true, "xts-plain64": false, "cbc-plain64": false,
+		"ctr-plain64": false, "xts-essiv:sha256": false, "cbc-essiv:sha256": false} {
+		c, err := newSectorCipher(spec, []byte("0123456789abcdef0123456789ABCDEF"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var sectors [3][512]byte
+		for i, n := range []uint64{5, 1<<32 + 5, 6} {
+			c.encrypt(sectors[i][:], n)
+		}
+		if (sectors[0] == sectors[1]) != same || sectors[0] == sectors[2] {
+			t.Errorf("%s: sectors 5, 1<<32+5 and 6 encrypt to %x %x %x", spec, sectors[0][:16], sectors[1][:16], sectors[2][:16])
+		}
+		again := sectors[1]
+		c.decrypt(again[:], 1<<32+5)
+		if again != [512]byte{} {
+			t.Errorf("%s: decrypts to something else", spec)
+		}
+	}
+}
+
 func BenchmarkDecrypt(b *testing.B) {
 	for _, spec := range []string{"xts-plain64", "cbc-plain64", "cbc-essiv:sha256"} {
 		b.Run(spec, func(b *testing.B) {
