@@ -172,8 +172,8 @@ var findingKinds = [...]struct {
 	BitmapTableOverlap:     {"bitmap tables overlap", Corruption, "ERROR bitmap %[6]s: the tables of the bitmaps are larger than the file"},
 	BitmapTableEntryBad:    {"bitmap table entry bad", Corruption, "ERROR bitmap table entry %[3]d of %[6]s: %[2]x"},
 	SnapshotIncomplete:     {"snapshot incomplete", Corruption, "ERROR snapshot table entry %[3]d is incomplete"},
-	SnapshotExtraData:      {"snapshot extra data", Corruption, "ERROR too much extra metadata in snapshot table entry %[3]d (%[2]d > 1024)"},
-	SnapshotsTooMany:       {"too many snapshots", Corruption, "ERROR %[2]d overhanging snapshots"},
+	SnapshotExtraData:      {"snapshot extra data", Corruption, "Discarding too much extra metadata in snapshot table entry %[3]d (%[2]d > 1024)"},
+	SnapshotsTooMany:       {"too many snapshots", Corruption, "Discarding %[2]d overhanging snapshots"},
 	Overlap:                {"overlap", Corruption, "ERROR overlap at %#[1]x, %[2]d bytes: %[8]v, %[9]v"},
 	InactiveL1Copied:       {"inactive l1 copied flag", Note, "NOTE OFLAG_COPIED L2 cluster of snapshot %[6]s: l1_index=%[3]d l1_entry=%[2]x refcount=%[4]d"},
 	InactiveL2Copied:       {"inactive l2 copied flag", Note, "NOTE OFLAG_COPIED data cluster of snapshots: l2_entry=%[2]x refcount=%[4]d"},
@@ -193,9 +193,8 @@ func (f Finding) String() string {
 		return fmt.Sprintf("%v at %#x", f.Kind, f.Off)
 	}
 	s := fmt.Sprintf(findingKinds[f.Kind].text, f.Off, f.Value, f.Index, f.Refcount, f.Reference, f.Text, f.Value&l2OffsetMask, f.Parts[0], f.Parts[1])
-	if f.Repaired {
-		_, s, _ = strings.Cut(s, " ")
-		s = "Repairing " + s
+	if word, rest, _ := strings.Cut(s, " "); f.Repaired && (word == "ERROR" || word == "Leaked") {
+		return "Repairing " + rest
 	}
 	return s
 }

@@ -23,8 +23,9 @@ type RepairOptions struct {
 	// DryRun only finds out what would be done. The device is not written to
 	// and need not take writes.
 	DryRun bool
-	// Found is told every finding, in an order that does not change. A wrong
-	// refcount that is repaired is told twice: as it was found, and as Repaired.
+	// Found is told every finding, in an order that does not change. Wrong
+	// refcounts are told twice, as by qemu-img: as they were found, and, unless
+	// all are built anew, when they are Repaired.
 	Found func(Finding)
 	// Progress is told bytes of metadata read, out of a guess of the total.
 	Progress func(done, total int64)
@@ -249,7 +250,7 @@ func (r *repairer) run() error {
 	if p.Rebuilt && !r.all {
 		return fmt.Errorf("qcow2: repair: %w", ErrRebuild)
 	}
-	if !p.Rebuilt && p.Raised+p.Freed > 0 {
+	if !p.Rebuilt && c.res.Corruptions+c.res.Leaks > 0 && !r.opts.DryRun {
 		r.again = true
 		if err := c.compareRefcounts(); err != nil {
 			return err
@@ -313,7 +314,7 @@ func (r *repairer) decide(f *Finding) {
 // known, and told again then.
 func (r *repairer) decideRefcount(f *Finding) {
 	p := &r.res.Plan
-	f.Repaired = r.again
+	f.Repaired = r.again && (r.all || f.Kind == RefcountTooHigh)
 	switch {
 	case r.again:
 	case f.Kind == RefcountTooLow:

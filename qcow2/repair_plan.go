@@ -175,10 +175,16 @@ func withCopied(entry uint64, set bool) uint64 {
 // refcount returns what the refcount of the cluster at off will be.
 func (r *repairer) refcount(off int64) uint64 {
 	cluster := off >> r.im.geo.clusterBits
-	if cluster >= r.c.refs.n {
-		return 0
+	known := cluster < r.end || r.start <= cluster && cluster < r.next
+	if known && (r.all || cluster >= r.start) {
+		return r.c.refs.get(cluster)
 	}
-	return r.c.refs.get(cluster)
+	// Beyond the end it stays as it is. An error would have ended the check.
+	stored, err := r.c.refcount(cluster)
+	if known && err == nil {
+		stored = min(stored, r.c.refs.get(cluster)) // one that is too low stays so
+	}
+	return stored
 }
 
 // l1Entry returns what becomes of an L1 entry. For one of the active table
@@ -309,6 +315,9 @@ func (r *repairer) planRefcounts() error {
 		}
 	}
 	r.free(int64(h.RefcountTableOffset), int64(h.RefcountTableClusters)<<h.ClusterBits, 1)
+	if err := r.keepBeyond(); err != nil {
+		return err
+	}
 	per := g.refcountsPerBlock()
 	clusters := &r.tableClusters
 	for changed := true; changed; {
@@ -341,6 +350,41 @@ func (r *repairer) planRefcounts() error {
 			}
 			*clusters = n
 			changed = true
+		}
+	}
+	return nil
+}
+
+// keepBeyond keeps the refcounts of clusters beyond the end of the file that
+// something refers to.
+func (r *repairer) keepBeyond() error {
+	c, g := &r.c, &r.im.geo
+	if r.res.Plan.Rebuilt {
+		return nil // they mean nothing
+	}
+	per := g.refcountsPerBlock()
+	step := min(per, refcountChunk)
+	buf := make([]byte, step*int64(g.refcountBits)/8)
+	for block := r.end / per; block < int64(len(c.table)/reftableEntrySize); block++ {
+		off, err := c.refcountAt(block * per)
+		if err != nil || off == 0 || c.hole(off, g.clusterSize) {
+			continue
+		}
+		for start := block * per; start < (block+1)*per && start < maxCheckClusters; start += step {
+			if err := r.ctx.Err(); err != nil {
+				return err
+			}
+			b, err := c.readRefcounts(buf, start)
+			if err != nil {
+				return err
+			}
+			for i := max(start, r.next); i < start+step; i++ {
+				stored := g.refcountIn(b, i)
+				if at := i - r.end; stored != 0 && (at >= maxAhead || r.ahead.raw(at) != 0) {
+					c.refs.grow(i + 1)
+					c.refs.put(i, stored)
+				}
+			}
 		}
 	}
 	return nil

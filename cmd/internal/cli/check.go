@@ -3,8 +3,11 @@ package cli
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"strings"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -16,14 +19,33 @@ type checkOptions struct {
 	output string
 	cache  string
 	quiet  bool
+	repair repairMode
+	dryRun bool
+	stale  bool
+}
+
+// repairMode is the value of -r; "" means none.
+type repairMode string
+
+func (m *repairMode) String() string { return string(*m) }
+func (m *repairMode) Type() string   { return "string" }
+
+// Set implements pflag.Value.
+func (m *repairMode) Set(s string) error {
+	if s != "leaks" && s != "all" {
+		return usagef("Unknown option value for -r (expecting 'leaks' or 'all'): %s", s)
+	}
+	*m = repairMode(s)
+	return nil
 }
 
 func newCheck(host Host) *cobra.Command {
 	o := checkOptions{}
 	cmd := &cobra.Command{
-		Use:   "check [-q] [-f FORMAT] [--output=human|json] FILE",
-		Short: "Check the tables of an image",
-		Long: "Check the tables of an image.\n\n" +
+		Use:   "check [-q] [-r leaks|all [--dry-run]] [-f FORMAT] [--output=human|json] FILE",
+		Short: "Check the tables of an image, and repair them",
+		Long: "Check the tables of an image. With -r what is wrong is repaired, all of it in one\n" +
+			"step: a crash leaves the image as it was, or repaired. Then it is checked again.\n\n" +
 			"Exit status: 0 the image is good, 1 it could not be checked, 2 it is corrupt,\n" +
 			"3 it has leaked clusters but is good otherwise, 63 its format has nothing to check.",
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -36,6 +58,9 @@ func newCheck(host Host) *cobra.Command {
 	f.StringVar(&o.output, "output", "human", "human or json")
 	f.StringVarP(&o.cache, "cache", "T", "writeback", "cache mode, for qemu-img's sake: it changes nothing")
 	f.BoolVarP(&o.quiet, "quiet", "q", false, "print errors only")
+	f.VarP(&o.repair, "repair", "r", "repair leaked clusters only (leaks), or whatever can be (all)")
+	f.BoolVar(&o.dryRun, "dry-run", false, "with -r: print what a repair would change, and change nothing")
+	f.BoolVar(&o.stale, "stale", false, "tell of copied flags in tables of snapshots that are out of date, which is allowed")
 	return cmd
 }
 
@@ -49,33 +74,103 @@ func runCheck(ctx context.Context, host Host, o *checkOptions, args []string) er
 	if err := checkCache("source cache", o.cache); err != nil {
 		return err
 	}
+	if o.dryRun && o.repair == "" {
+		return usagef("--dry-run needs -r")
+	}
 	o.open.chain = true
+	o.open.write = o.repair != "" && !o.dryRun
+	o.open.damaged = o.repair != ""
 	img, err := openImage(args[0], &o.open)
 	if err != nil {
 		return couldNotOpen(args[0], err)
 	}
 	defer img.close()
-	if img.qcow2 == nil {
+	if img.format != "qcow2" {
 		return &cmdError{code: exitNoCheck, err: messagef("This image format does not support checks")}
 	}
 	findings := bufio.NewWriter(host.Err) // there can be millions
-	res, err := img.qcow2.Check(ctx, &qcow2.CheckOptions{
-		Found: func(f qcow2.Finding) { fmt.Fprintln(findings, f) },
-	})
-	findings.Flush()
-	if err != nil {
-		if ctx.Err() != nil {
-			return ctx.Err()
+	defer findings.Flush()
+	found := func(f qcow2.Finding) {
+		f.Repaired = f.Repaired && !o.dryRun
+		if f.Severity != qcow2.Note || f.Kind != qcow2.Overlap {
+			fmt.Fprintln(findings, f)
 		}
-		return messagef("Check failed: %w", err)
 	}
+	check := func() (qcow2.CheckResult, error) {
+		return img.qcow2.Check(ctx, &qcow2.CheckOptions{Stale: o.stale, Found: found})
+	}
+	if o.repair == "" {
+		res, err := check()
+		if err != nil {
+			return checkError(ctx, err)
+		}
+		return o.result(host, img, &qcow2.RepairResult{Check: res})
+	}
+	repair, err := qcow2.Repair(ctx, img.dev, &qcow2.RepairOptions{Leaks: o.repair == "leaks", DryRun: o.dryRun, Found: found})
+	if errors.Is(err, qcow2.ErrRebuild) {
+		fmt.Fprintln(findings, "ERROR need to rebuild refcount structures")
+		return messagef("Check failed: %s", strerror(syscall.EIO))
+	}
+	if err != nil {
+		return checkError(ctx, err)
+	}
+	findings.Flush()
+	if o.dryRun {
+		return o.plan(host, img, &repair)
+	}
+	if repair.CorruptionsFixed+repair.LeaksFixed > 0 {
+		if !o.quiet && o.output == "human" {
+			fmt.Fprintf(host.Out, "The following inconsistencies were found and repaired:\n\n    %d leaked clusters\n    %d corruptions\n\n"+
+				"Double checking the fixed image now...\n", repair.LeaksFixed, repair.CorruptionsFixed)
+		}
+		im, err := qcow2.New(img.dev, &qcow2.OpenOptions{Backing: qcow2.BackingIgnore})
+		if err != nil {
+			return checkError(ctx, err)
+		}
+		defer im.Close()
+		img.qcow2 = im
+		if repair.Check, err = check(); err != nil {
+			return checkError(ctx, err)
+		}
+	}
+	return o.result(host, img, &repair)
+}
+
+func checkError(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	return messagef("Check failed: %w", err)
+}
+
+// result prints the result of a check, and what was repaired before it.
+func (o *checkOptions) result(host Host, img *image, res *qcow2.RepairResult) error {
 	switch {
 	case o.quiet:
 	case o.output == "json":
-		io.WriteString(host.Out, prettyJSON(checkJSON(img, &res)))
+		io.WriteString(host.Out, prettyJSON(checkJSON(img, res, nil)))
 	default:
-		printCheck(host.Out, &res)
+		printCheck(host.Out, &res.Check)
 	}
+	return checkStatus(&res.Check)
+}
+
+// plan prints what a repair would do. The exit status is that of the image as
+// it is.
+func (o *checkOptions) plan(host Host, img *image, res *qcow2.RepairResult) error {
+	switch {
+	case o.quiet:
+	case o.output == "json":
+		lines := strings.Split(strings.TrimSuffix(res.Plan.String(), "\n"), "\n")
+		io.WriteString(host.Out, prettyJSON(checkJSON(img, res, lines)))
+	default:
+		fmt.Fprintf(host.Out, "A repair would make right %d leaked clusters and %d corruptions:\n\n%s\n", res.LeaksFixed, res.CorruptionsFixed, &res.Plan)
+		printCheck(host.Out, &res.Check)
+	}
+	return checkStatus(&res.Check)
+}
+
+func checkStatus(res *qcow2.CheckResult) error {
 	switch {
 	case res.CheckErrors > 0:
 		return messagef("Check failed")
@@ -88,24 +183,26 @@ func runCheck(ctx context.Context, host Host, o *checkOptions, args []string) er
 }
 
 // checkJSON is a result in the order of qemu-img. What is 0 is left out, but
-// for the number of errors.
-func checkJSON(img *image, res *qcow2.CheckResult) object {
-	o := object{}
-	add := func(key string, n int64) {
+// for the number of errors. plan is what a repair would do, if that was asked.
+func checkJSON(img *image, repair *qcow2.RepairResult, plan []string) object {
+	res := &repair.Check
+	m := map[string]any{"check-errors": res.CheckErrors, "filename": img.arg, "format": img.format}
+	for key, n := range map[string]int64{
+		"image-end-offset": res.ImageEndOffset, "total-clusters": res.TotalClusters, "allocated-clusters": res.AllocatedClusters,
+		"fragmented-clusters": res.FragmentedClusters, "compressed-clusters": res.CompressedClusters,
+		"corruptions": res.Corruptions, "corruptions-fixed": repair.CorruptionsFixed, "leaks": res.Leaks, "leaks-fixed": repair.LeaksFixed,
+	} {
 		if n != 0 {
-			o.add(key, n)
+			m[key] = n
 		}
 	}
-	add("image-end-offset", res.ImageEndOffset)
-	add("compressed-clusters", res.CompressedClusters)
-	add("total-clusters", res.TotalClusters)
-	add("corruptions", res.Corruptions)
-	o.add("check-errors", res.CheckErrors)
-	add("leaks", res.Leaks)
-	add("allocated-clusters", res.AllocatedClusters)
-	o.add("filename", img.arg)
-	o.add("format", img.format)
-	add("fragmented-clusters", res.FragmentedClusters)
+	o := object{}
+	for _, key := range qdictOrder(m) {
+		o.add(key, m[key])
+	}
+	if plan != nil {
+		o.add("plan", plan)
+	}
 	return o
 }
 

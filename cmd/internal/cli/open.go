@@ -24,6 +24,9 @@ type openOptions struct {
 	// write opens the image for writing, and warns of a raw image whose format
 	// was not given.
 	write bool
+	// damaged opens a qcow2 image to be repaired: what it lies in is opened as
+	// write says, the image itself for reading, and not at all if it is damaged.
+	damaged bool
 	// snapshot, if set, is read in place of the active content.
 	snapshot string
 	// cacheSize bounds the tables in memory, in bytes; 0: what the library has.

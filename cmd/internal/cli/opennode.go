@@ -209,7 +209,7 @@ func (o *opening) openQcow2(img, file *image, opts blockOptions, noBacking bool)
 		return err
 	}
 	var asked qcow2.SecretRequest
-	qo := &qcow2.OpenOptions{Write: o.write, ForceShare: o.forceShare, Backing: qcow2.BackingIgnore, Snapshot: o.snapshot, CacheSize: o.cacheSize}
+	qo := &qcow2.OpenOptions{Write: o.write && !o.damaged, ForceShare: o.forceShare, Backing: qcow2.BackingIgnore, Snapshot: o.snapshot, CacheSize: o.cacheSize}
 	if o.chain {
 		qo.Backing = qcow2.BackingFollow
 		qo.Secret = func(r qcow2.SecretRequest) ([]byte, error) {
@@ -229,6 +229,10 @@ func (o *opening) openQcow2(img, file *image, opts blockOptions, noBacking bool)
 		return err
 	}
 	if img.qcow2, err = qcow2.New(img.dev, qo); err != nil {
+		if o.damaged && isDamaged(img.dev) {
+			img.setName(file, strong)
+			return nil
+		}
 		if errors.Is(err, qcow2.ErrPassphrase) && asked.Depth > 0 {
 			return prefixError("Could not open backing file", qcow2Error(err))
 		}
@@ -244,6 +248,14 @@ func (o *opening) openQcow2(img, file *image, opts blockOptions, noBacking bool)
 	}
 	img.setName(file, strong)
 	return nil
+}
+
+// isDamaged reports whether an image cannot be opened because of its snapshot
+// table, which can be repaired.
+func isDamaged(dev blockdev.Reader) bool {
+	_, err := headerOf(dev)
+	var bad *qcow2.FormatError
+	return errors.As(err, &bad) && (bad.Struct == "snapshot table" || bad.Field == "nb_snapshots")
 }
 
 func qcow2Error(err error) error {
