@@ -1,6 +1,7 @@
 package qcow2_test
 
 import (
+	"context"
 	"flag"
 	"fmt"
 	"io"
@@ -13,7 +14,6 @@ import (
 	"qimg/qcow2"
 	"qimg/qcow2/blockdev"
 	"qimg/qcow2/blockdev/blocktest"
-	"qimg/qcow2/blockdev/oracle"
 )
 
 // A long run looks at every sequence of two operations, and at more states of
@@ -134,11 +134,11 @@ func newFixture(t testing.TB, v variant) *fixture {
 	for i := int64(0); i < 8; i += 2 {
 		tr.Write((mixedAt+i)*f.c, noise(byte(10+i), int(f.c)))
 	}
+	if v.snapshot {
+		tr.Do("snapshot create", func() error { return snapshotCreate(tr, "first") })
+	}
 	if err := tr.Image.Close(); err != nil {
 		t.Fatal(err)
-	}
-	if v.snapshot {
-		f.dev = withSnapshot(t, f.dev)
 	}
 	return f
 }
@@ -155,15 +155,6 @@ func (f *fixture) compress(t testing.TB, size int64, format qcow2.FormatOptions)
 		return err
 	}
 	return w.Finish()
-}
-
-// withSnapshot lets qemu-img make a snapshot.
-func withSnapshot(t testing.TB, m *blockdev.Memory) *blockdev.Memory {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "snapshot.qcow2")
-	saveFile(t, m, path)
-	oracle.MustRun(t, "qemu-img", "snapshot", "-c", "first", path)
-	return loadFile(t, path)
 }
 
 func saveFile(t testing.TB, m *blockdev.Memory, path string) {
@@ -229,6 +220,49 @@ func guestOps() []crashOp {
 	}
 }
 
+func snapshotCreate(tr *qcow2.Trial, name string) error {
+	_, err := tr.Image.CreateSnapshot(context.Background(), name, nil)
+	return err
+}
+
+// wholeOps are operations that a crash leaves undone or done, as far as a
+// variant has them.
+func wholeOps(v variant) []crashOp {
+	ctx := context.Background()
+	var list []crashOp
+	do := func(name string, op func(tr *qcow2.Trial, salt byte) error) {
+		list = append(list, crashOp{name, func(tr *qcow2.Trial, _ int64, salt byte) {
+			tr.Do(name, func() error { return op(tr, salt) })
+		}})
+	}
+	if !v.data && v.RefcountBits > 1 {
+		do("snapshot create", func(tr *qcow2.Trial, salt byte) error { return snapshotCreate(tr, fmt.Sprint("new", salt)) })
+	}
+	if v.snapshot {
+		do("snapshot apply", func(tr *qcow2.Trial, _ byte) error { return tr.Image.ApplySnapshot(ctx, "first") })
+		do("snapshot replace", func(tr *qcow2.Trial, _ byte) error {
+			tx, err := tr.Image.BeginSnapshots(ctx)
+			if err != nil {
+				return err
+			}
+			defer tx.Abort()
+			if err := tx.Delete("first"); err != nil {
+				return err
+			}
+			if _, err := tx.Create("first", nil); err != nil {
+				return err
+			}
+			return tx.Commit()
+		})
+	}
+	if v.Version == 3 && !v.data {
+		do("bitmap add", func(tr *qcow2.Trial, salt byte) error {
+			return tr.Image.AddBitmap(ctx, fmt.Sprint("bitmap", salt), nil)
+		})
+	}
+	return list
+}
+
 // TestCrashSequences looks at what a crash leaves of every operation, and of
 // sequences of two, with and without a sync between them, on every variant.
 func TestCrashSequences(t *testing.T) {
@@ -241,7 +275,7 @@ func TestCrashSequences(t *testing.T) {
 	for vi, v := range variants() {
 		t.Run(v.name, func(t *testing.T) {
 			f := newFixture(t, v)
-			ops := guestOps()
+			ops := append(guestOps(), wholeOps(v)...)
 			run := func(name string, steps func(tr *qcow2.Trial)) {
 				t.Run(name, func(t *testing.T) {
 					tr := f.trial(t)

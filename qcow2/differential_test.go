@@ -189,7 +189,7 @@ func TestZooWrite(t *testing.T) {
 				t.Errorf("seed %d: snapshot %s has changed", seed, sn.ID)
 			}
 			im.Close()
-			if i < 2 && *want.Size <= 64<<20 {
+			if i < 1 && *want.Size <= 64<<20 {
 				sameSnapshot(t, path, filepath.Join(zooDir, path), sn.ID)
 			}
 		}
@@ -327,7 +327,28 @@ func (r *randomImage) changeSnapshots(ours bool) {
 		default:
 			continue
 		}
-		oracle.MustRun(r.t, "qemu-img", "snapshot", flag, name, r.path)
+		if !ours {
+			oracle.MustRun(r.t, "qemu-img", "snapshot", flag, name, r.path)
+			continue
+		}
+		im, err := qcow2.Open(r.path, &qcow2.OpenOptions{Write: true, Backing: qcow2.BackingFollow})
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		switch flag {
+		case "-c":
+			_, err = im.CreateSnapshot(r.t.Context(), name, nil)
+		case "-a":
+			err = im.ApplySnapshot(r.t.Context(), name)
+		case "-d":
+			err = im.DeleteSnapshot(r.t.Context(), name)
+		}
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		if err := im.Close(); err != nil {
+			r.t.Fatal(err)
+		}
 	}
 }
 

@@ -204,7 +204,8 @@ func (im *Image) WriteZeroes(off, n int64) error {
 
 // Discard gives back the space of the clusters that lie wholly in n bytes at
 // off, which then read as zeroes; the rest of the range is left as it is. In
-// version 2, over a backing file, nothing is given back.
+// version 2, over a backing file, and with an external data file nothing is given
+// back.
 func (im *Image) Discard(off, n int64) error {
 	return im.change("discard", off, n, func() error { return im.discardGuest(off, n) })
 }

@@ -453,10 +453,10 @@ func (im *Image) discardGuest(off, n int64) error {
 	return im.eachPart(off, n, func(at l2Place, off, lo, hi int64) error {
 		entry, bitmap := im.entry(at)
 		typ := g.clusterType(entry)
-		if hi-lo != g.clusterSize || typ == clusterUnallocated && !g.extended || typ == clusterZeroPlain || g.dataFile {
+		if hi-lo != g.clusterSize || typ == clusterZeroPlain || g.dataFile {
 			return nil
 		}
-		if typ == clusterUnallocated && bitmap == 0 {
+		if typ == clusterUnallocated && bitmap == 0 && !im.backs(off) {
 			return nil
 		}
 		to, toBitmap := uint64(0), uint64(0)
