@@ -77,7 +77,7 @@ func runCheck(ctx context.Context, host Host, o *checkOptions, args []string) er
 	if o.dryRun && o.repair == "" {
 		return usagef("--dry-run needs -r")
 	}
-	o.open.chain = true
+	o.open.chain, o.open.locked = true, true
 	o.open.write = o.repair != "" && !o.dryRun
 	o.open.damaged = o.repair != ""
 	img, err := openImage(args[0], &o.open)

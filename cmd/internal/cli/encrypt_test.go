@@ -60,6 +60,31 @@ func TestCreateEncrypted(t *testing.T) {
 	}
 }
 
+// TestWithoutPassphrase: commands that do not read the disk need none, unlike
+// those of qemu-img; one that is given has to be right.
+func TestWithoutPassphrase(t *testing.T) {
+	dir := oracle.Input(t, "zoo")
+	t.Chdir(t.TempDir())
+	for _, name := range []string{"luks-snapshot", "aes-legacy"} {
+		b, err := os.ReadFile(dir + "/" + name + ".qcow2")
+		if err != nil {
+			t.Fatal(err)
+		}
+		writeFile(t, name, string(b))
+		mustRun(t, "info", name)
+		mustRun(t, "check", name)
+		mustRun(t, "snapshot", "-c", "new", name)
+		if !strings.Contains(mustRun(t, "snapshot", "-l", name), "new") {
+			t.Errorf("%s: no snapshot", name)
+		}
+		mustRun(t, "snapshot", "-d", "new", name)
+		r := run(t, "check", "--object", "secret,id=s,data=wrong", "--image-opts", "driver=qcow2,encrypt.key-secret=s,file.filename="+name)
+		if wrong := r.Code == 1 && strings.Contains(r.Stderr, "Invalid password"); wrong != (name == "luks-snapshot") {
+			t.Errorf("%s: %+v with a wrong passphrase", name, r)
+		}
+	}
+}
+
 // TestEncryptErrors: what is said of secrets and options that are wrong.
 func TestEncryptErrors(t *testing.T) {
 	oracle.Require(t, "qemu-img")

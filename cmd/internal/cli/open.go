@@ -21,6 +21,9 @@ type openOptions struct {
 	forceShare bool
 	// chain opens the backing and data files too.
 	chain bool
+	// locked needs no passphrase of an encrypted image where none is named: the
+	// guest data stays locked.
+	locked bool
 	// write opens the image for writing, and warns of a raw image whose format
 	// was not given.
 	write bool

@@ -216,6 +216,9 @@ func (o *opening) openQcow2(img, file *image, opts blockOptions, noBacking bool)
 			if r.Depth == 0 {
 				r.ID = l.str("encrypt.key-secret")
 			}
+			if r.ID == "" && o.locked {
+				return nil, nil
+			}
 			asked = r
 			return o.secrets.passphrase(r.ID)
 		}

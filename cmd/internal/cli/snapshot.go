@@ -103,7 +103,7 @@ func runSnapshot(ctx context.Context, host Host, o *snapshotOptions, args []stri
 	if err := checkOutput(o.output); err != nil {
 		return err
 	}
-	o.open.chain = true
+	o.open.chain, o.open.locked = true, true
 	switch o.action.letter {
 	case 'l':
 		return listSnapshots(host, o, args)
