@@ -130,11 +130,30 @@ func (b *Bitmap) entrySize() int64 {
 func (im *Image) Bitmaps() ([]Bitmap, error) {
 	im.mu.RLock()
 	defer im.mu.RUnlock()
-	return im.readBitmaps()
+	return im.parseBitmaps(&im.header, im.header.bitmapSize())
 }
 
+// readBitmaps is Bitmaps for a caller who will read and write the tables.
 func (im *Image) readBitmaps() ([]Bitmap, error) {
-	ext, ok := im.header.Bitmaps()
+	return im.bitmapsOf(&im.header, im.header.bitmapSize())
+}
+
+// bitmapsOf reads the directory that a header points at, for a disk of size
+// bytes. The tables of all bitmaps fit into the file together, so that what a
+// small file says about them takes no long time to write.
+func (im *Image) bitmapsOf(h *Header, size int64) ([]Bitmap, error) {
+	list, err := im.parseBitmaps(h, size)
+	left := im.dev.Size()
+	for i := range list {
+		if left -= int64(list[i].TableSize) * 8; left < 0 {
+			return nil, &FormatError{"bitmap " + list[i].Name, int64(list[i].TableOffset), "bitmap_table_size", "makes the tables of the bitmaps larger than the file", ErrCorrupt}
+		}
+	}
+	return list, err
+}
+
+func (im *Image) parseBitmaps(h *Header, size int64) ([]Bitmap, error) {
+	ext, ok := h.Bitmaps()
 	if !ok {
 		return nil, nil
 	}
@@ -153,7 +172,7 @@ func (im *Image) readBitmaps() ([]Bitmap, error) {
 	for at := 0; at < len(dir); {
 		b, n, err := parseBitmap(dir[at:])
 		if err == nil {
-			err = b.check(&im.geo, int64(im.header.Size)&^511)
+			err = b.check(&im.geo, size)
 		}
 		if err != nil {
 			return bad(at, "bitmap %d %q: %v", len(list), b.Name, err)

@@ -60,7 +60,7 @@ func (im *Image) refuseBitmap(b *Bitmap, list []Bitmap, granularity int64) Bitma
 		return BitmapNameEmpty
 	case granularity < 1<<minBitmapGranularity || granularity > 1<<maxBitmapGranularity || granularity&(granularity-1) != 0:
 		return BitmapBadGranularity
-	case slices.ContainsFunc(list, func(x Bitmap) bool { return x.Name == b.Name }):
+	case indexBitmap(list, b.Name) >= 0:
 		return BitmapExists
 	case im.header.Version < 3:
 		return BitmapVersion2
@@ -81,14 +81,14 @@ func (im *Image) refuseBitmap(b *Bitmap, list []Bitmap, granularity int64) Bitma
 // RemoveBitmap removes a bitmap, also an inconsistent one.
 func (im *Image) RemoveBitmap(ctx context.Context, name string) error {
 	return im.changeBitmaps(ctx, "remove bitmap", func(t *txn, list []Bitmap) ([]Bitmap, error) {
-		b, err := findBitmap(list, name)
-		if err == nil {
-			err = t.freeBitmap(b)
+		i := indexBitmap(list, name)
+		if i < 0 {
+			return nil, &BitmapError{Name: name, Reason: BitmapNotFound}
 		}
-		if err != nil {
+		if err := t.freeBitmap(&list[i]); err != nil {
 			return nil, err
 		}
-		return slices.DeleteFunc(list, func(x Bitmap) bool { return x.Name == name }), nil
+		return slices.Delete(list, i, i+1), nil
 	})
 }
 
@@ -99,7 +99,7 @@ func (im *Image) ClearBitmap(ctx context.Context, name string) error {
 		if err != nil {
 			return err
 		}
-		if err := t.freeBitmap(b); err != nil {
+		if err := t.freeBitmapTable(b); err != nil {
 			return err
 		}
 		return w.finish(b)
@@ -200,12 +200,17 @@ func (im *Image) lockBitmaps(ctx context.Context) (unlock func(), err error) {
 	return im.mu.Unlock, nil
 }
 
-// findBitmap finds a bitmap by its name.
+// indexBitmap finds a bitmap by its name; -1 if there is none.
+func indexBitmap(list []Bitmap, name string) int {
+	return slices.IndexFunc(list, func(b Bitmap) bool { return b.Name == name })
+}
+
 func findBitmap(list []Bitmap, name string) (*Bitmap, error) {
-	if i := slices.IndexFunc(list, func(b Bitmap) bool { return b.Name == name }); i >= 0 {
-		return &list[i], nil
+	i := indexBitmap(list, name)
+	if i < 0 {
+		return nil, &BitmapError{Name: name, Reason: BitmapNotFound}
 	}
-	return nil, &BitmapError{Name: name, Reason: BitmapNotFound}
+	return &list[i], nil
 }
 
 // usable refuses a bitmap that says what is not true.
@@ -297,7 +302,7 @@ func (t *txn) writeBitmaps(list []Bitmap) error {
 
 // freeBitmaps removes all bitmaps.
 func (t *txn) freeBitmaps() error {
-	list, err := t.im.readBitmaps()
+	list, err := t.im.bitmapsOf(&t.header, t.header.bitmapSize())
 	if err != nil {
 		return err
 	}
@@ -312,15 +317,21 @@ func (t *txn) freeBitmaps() error {
 // freeBitmap gives up the table of a bitmap and what it refers to. A table
 // with an entry that cannot be is not to be believed: what it refers to leaks.
 func (t *txn) freeBitmap(b *Bitmap) error {
-	good := t.im.bitmapTable(t.ctx, b, func(int64, uint64) error { return nil })
-	if good != nil && !errors.Is(good, ErrCorrupt) {
-		return good
+	err := t.im.bitmapTable(t.ctx, b, func(int64, uint64) error { return nil })
+	if errors.Is(err, ErrCorrupt) {
+		return t.count(int64(b.TableOffset), int64(b.TableSize)*8, -1)
 	}
-	if good == nil {
-		err := t.im.bitmapTable(t.ctx, b, func(_ int64, entry uint64) error { return t.freeBitmapCluster(entry) })
-		if err != nil {
-			return err
-		}
+	if err != nil {
+		return err
+	}
+	return t.freeBitmapTable(b)
+}
+
+// freeBitmapTable is freeBitmap for a bitmap that stays: its table has to be good.
+func (t *txn) freeBitmapTable(b *Bitmap) error {
+	err := t.im.bitmapTable(t.ctx, b, func(_ int64, entry uint64) error { return t.freeBitmapCluster(entry) })
+	if err != nil {
+		return err
 	}
 	return t.count(int64(b.TableOffset), int64(b.TableSize)*8, -1)
 }
@@ -440,7 +451,7 @@ func (t *txn) replaceBitmapCluster(entry uint64, p []byte) (uint64, error) {
 // resizeBitmaps makes the bitmaps those of a disk of size bytes, as QEMU does:
 // the bits of what a disk gains are clear. An inconsistent bitmap is an error.
 func (t *txn) resizeBitmaps(ctx context.Context, size int64) error {
-	list, err := t.im.readBitmaps()
+	list, err := t.im.bitmapsOf(&t.header, t.im.header.bitmapSize())
 	if err != nil || len(list) == 0 {
 		return err
 	}

@@ -479,7 +479,7 @@ func (c *checker) checkBitmaps() error {
 		return nil
 	}
 	c.referPart(PartBitmapDirectory, int64(ext.DirectoryOffset), int64(ext.DirectorySize), 1)
-	list, err := c.im.Bitmaps()
+	list, err := c.im.parseBitmaps(&c.im.header, c.im.header.bitmapSize())
 	if errors.Is(err, ErrCorrupt) {
 		c.found(Finding{Kind: BitmapDirectoryBad, Off: int64(ext.DirectoryOffset), Text: err.Error()})
 		return nil
