@@ -225,6 +225,9 @@ func (t *txn) grow(old, size int64, o *ResizeOptions) error {
 		if err := setAside(t.ctx, im.w.data, old, size-old, prealloc, o.Progress); err != nil {
 			return im.fail(err)
 		}
+		if err := blockdev.Sync(im.w.data); err != nil {
+			return im.fail(err)
+		}
 	}
 	s := g.l2Coverage()
 	backed := im.backs(old)
