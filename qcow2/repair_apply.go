@@ -248,43 +248,28 @@ func (r *repairer) dropped(n int64) {
 // the limits (block/qcow2-snapshot.c, qcow2_do_read_snapshots).
 func (r *repairer) readSnapshots() error {
 	im := r.im
-	h := &im.header
-	if h.NbSnapshots == 0 {
-		return nil
-	}
-	start := int64(h.SnapshotsOffset)
-	head := make([]byte, snapshotHeaderSize)
-	pos, table := int64(0), int64(0) // bytes read, bytes that the entries take
-	for i := range int64(h.NbSnapshots) {
-		pos, table = (pos+7)&^7, (table+7)&^7
-		// What lies beyond the end of the file is zeroes.
-		if err := readFull(im.dev, head, start+pos); err != nil {
-			return fmt.Errorf("qcow2: snapshot table at %#x: %w", start+pos, err)
+	start := int64(im.header.SnapshotsOffset)
+	table, end := int64(0), start // bytes that the entries take
+	for e, err := range snapshotEntries(im.dev, &im.header) {
+		if err != nil {
+			return err
 		}
-		extra := int64(binary.BigEndian.Uint32(head[36:]))
-		kept := min(extra, maxSnapshotExtraData)
-		names := int64(binary.BigEndian.Uint16(head[12:])) + int64(binary.BigEndian.Uint16(head[14:]))
-		next := pos + snapshotHeaderSize + extra + names
-		table += snapshotHeaderSize + kept + names
-		if table > maxSnapshotTableSize || next > math.MaxInt32 || start+pos >= im.dev.Size() {
-			r.dropped(int64(h.NbSnapshots) - i)
+		table = (table+7)&^7 + e.end - e.Off - int64(e.stored-e.ExtraDataSize)
+		if table > maxSnapshotTableSize || e.end-start > math.MaxInt32 {
 			break
 		}
-		b := make([]byte, snapshotHeaderSize+kept+names) // at most 40 + 1024 + 2*65535
-		if err := readFull(im.dev, b[:snapshotHeaderSize+kept], start+pos); err != nil {
-			return fmt.Errorf("qcow2: snapshot table at %#x: %w", start+pos, err)
-		}
-		if err := readFull(im.dev, b[snapshotHeaderSize+kept:], start+pos+snapshotHeaderSize+extra); err != nil {
-			return fmt.Errorf("qcow2: snapshot table at %#x: %w", start+pos, err)
-		}
-		if extra > kept {
-			r.c.found(Finding{Kind: SnapshotExtraData, Off: start + pos, Index: i, Value: uint64(extra)})
+		if e.stored > e.ExtraDataSize {
+			r.c.found(Finding{Kind: SnapshotExtraData, Off: e.Off, Index: e.Index, Value: uint64(e.stored)})
 			r.snapshotsBad = true
-			binary.BigEndian.PutUint32(b[36:], uint32(kept))
 		}
-		im.snapshots = append(im.snapshots, parseSnapshot(b, h.Size&^511))
-		pos = next
+		im.snapshots = append(im.snapshots, e.Snapshot)
+		end = e.end
 	}
-	im.snapEnd = start + pos
+	if n := int64(im.header.NbSnapshots) - int64(len(im.snapshots)); n > 0 {
+		r.dropped(n)
+	}
+	if im.header.NbSnapshots > 0 {
+		im.snapEnd = end
+	}
 	return nil
 }

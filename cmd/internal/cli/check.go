@@ -161,7 +161,10 @@ func (o *checkOptions) plan(host Host, img *image, res *qcow2.RepairResult) erro
 	switch {
 	case o.quiet:
 	case o.output == "json":
-		lines := strings.Split(strings.TrimSuffix(res.Plan.String(), "\n"), "\n")
+		var lines []any
+		for line := range strings.Lines(res.Plan.String()) {
+			lines = append(lines, strings.TrimSuffix(line, "\n"))
+		}
 		io.WriteString(host.Out, prettyJSON(checkJSON(img, res, lines)))
 	default:
 		fmt.Fprintf(host.Out, "A repair would make right %d leaked clusters and %d corruptions:\n\n%s\n", res.LeaksFixed, res.CorruptionsFixed, &res.Plan)
@@ -184,7 +187,7 @@ func checkStatus(res *qcow2.CheckResult) error {
 
 // checkJSON is a result in the order of qemu-img. What is 0 is left out, but
 // for the number of errors. plan is what a repair would do, if that was asked.
-func checkJSON(img *image, repair *qcow2.RepairResult, plan []string) object {
+func checkJSON(img *image, repair *qcow2.RepairResult, plan []any) object {
 	res := &repair.Check
 	m := map[string]any{"check-errors": res.CheckErrors, "filename": img.arg, "format": img.format}
 	for key, n := range map[string]int64{

@@ -86,14 +86,13 @@ func newRoot(host Host) *cobra.Command {
 			"usage: qemu-img [standard options] command [command options]\n" + root.HelpTemplate())
 	}
 	root.AddCommand(
-		newAmend(host),
 		newBitmap(host),
 		newBuild(host),
 		newCheck(host),
 		newCreate(host),
+		newDump(host),
 		newInfo(host),
 		newMap(host),
-		newResize(host),
 		newSnapshot(host),
 	)
 	for _, c := range root.Commands() {
@@ -102,27 +101,16 @@ func newRoot(host Host) *cobra.Command {
 	return root
 }
 
-// lastOperand is the annotation of a command whose last argument is none of its
-// options, whatever it begins with.
-const lastOperand = "last operand"
-
 // useGetopt has a command's options read by getopt.
 func useGetopt(c *cobra.Command) {
 	run := c.RunE
 	c.DisableFlagParsing = true
 	c.RunE = func(c *cobra.Command, args []string) error {
-		var last []string
-		if c.Annotations[lastOperand] != "" && len(args) > 1 {
-			args, last = args[:len(args)-1], args[len(args)-1:]
-		}
 		operands, err := getopt(c.Flags(), append([]string{c.Name()}, args...), false)
 		if err != nil {
 			return helped(c, err)
 		}
-		if c.Annotations[lastOperand] != "" && last == nil {
-			return usagef("Not enough arguments")
-		}
-		return run(c, append(operands, last...))
+		return run(c, operands)
 	}
 }
 

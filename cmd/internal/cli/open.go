@@ -30,6 +30,8 @@ type openOptions struct {
 	// damaged opens a qcow2 image to be repaired: what it lies in is opened as
 	// write says, the image itself for reading, and not at all if it is damaged.
 	damaged bool
+	// unopened opens what a qcow2 image lies in, and not the image.
+	unopened bool
 	// snapshot, if set, is read in place of the active content.
 	snapshot string
 	// cacheSize bounds the tables in memory, in bytes; 0: what the library has.

@@ -208,6 +208,10 @@ func (o *opening) openQcow2(img, file *image, opts blockOptions, noBacking bool)
 	if err != nil {
 		return err
 	}
+	if o.unopened {
+		img.setName(file, strong)
+		return nil
+	}
 	var asked qcow2.SecretRequest
 	qo := &qcow2.OpenOptions{Write: o.write && !o.damaged, ForceShare: o.forceShare, Backing: qcow2.BackingIgnore, Snapshot: o.snapshot, CacheSize: o.cacheSize}
 	if o.chain {
