@@ -29,6 +29,7 @@ type writeState struct {
 	unsynced bool           // something was written since the last flush
 	prepared bool           // the image says that it is being written
 	bitmaps  *bitmapTracker // nil: no bitmap is marked in use
+	rebase   bool           // another backing file will show through than does now
 	txn      *txn           // that goes on
 	err      error          // the first failure: nothing is written after it
 }

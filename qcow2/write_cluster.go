@@ -366,9 +366,10 @@ func (im *Image) nothingThere(off, end int64) int64 {
 	return min(end, im.holeEnd(off, end-off))
 }
 
-// backs reports whether a backing file shows through at off or behind it.
+// backs reports whether a backing file shows through at off or behind it, or may
+// do so later.
 func (im *Image) backs(off int64) bool {
-	return im.header.BackingFile != "" && (im.backing == nil || off < im.backing.Size())
+	return im.w.rebase || im.header.BackingFile != "" && (im.backing == nil || off < im.backing.Size())
 }
 
 // rawData reports whether the data file has to be a raw image by itself.

@@ -93,6 +93,7 @@ func newRoot(host Host) *cobra.Command {
 		newDump(host),
 		newInfo(host),
 		newMap(host),
+		newRebase(host),
 		newSnapshot(host),
 	)
 	for _, c := range root.Commands() {

@@ -32,6 +32,9 @@ type openOptions struct {
 	damaged bool
 	// unopened opens what a qcow2 image lies in, and not the image.
 	unopened bool
+	// layer, if set, is told each backing file, and tells whether it is opened
+	// for writing too.
+	layer func(qcow2.BackingFile) bool
 	// snapshot, if set, is read in place of the active content.
 	snapshot string
 	// cacheSize bounds the tables in memory, in bytes; 0: what the library has.

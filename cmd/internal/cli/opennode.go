@@ -215,7 +215,7 @@ func (o *opening) openQcow2(img, file *image, opts blockOptions, noBacking bool)
 	var asked qcow2.SecretRequest
 	qo := &qcow2.OpenOptions{Write: o.write && !o.damaged, ForceShare: o.forceShare, Backing: qcow2.BackingIgnore, Snapshot: o.snapshot, CacheSize: o.cacheSize}
 	if o.chain {
-		qo.Backing = qcow2.BackingFollow
+		qo.Backing, qo.WriteBacking = qcow2.BackingFollow, o.layer
 		qo.Secret = func(r qcow2.SecretRequest) ([]byte, error) {
 			if r.Depth == 0 {
 				r.ID = l.str("encrypt.key-secret")

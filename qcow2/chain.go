@@ -1,0 +1,40 @@
+package qcow2
+
+import (
+	"os"
+
+	"qimg/qcow2/blockdev"
+)
+
+// copyBuffer is how much guest data is read and written at once, in bytes.
+const copyBuffer = 2 << 20
+
+// overlayOf returns the image whose backing file base is, and the depth of
+// base; nil if base is not below im. If base is nil that is im itself.
+func (im *Image) overlayOf(base blockdev.Reader) (overlay *Image, depth int) {
+	for over, ok := im, true; ok && over.backing != nil; over, ok = over.backing.(*Image) {
+		depth++
+		if base == nil || over.backing == base {
+			return over, depth
+		}
+	}
+	return nil, 0
+}
+
+// sameFile reports whether two devices are the same file of the host.
+func sameFile(a, b blockdev.Reader) bool {
+	f, ok := a.(*blockdev.File)
+	g, ok2 := b.(*blockdev.File)
+	if !ok || !ok2 {
+		return false
+	}
+	if f == g {
+		return true
+	}
+	x, err := f.OS().Stat()
+	if err != nil {
+		return false
+	}
+	y, err := g.OS().Stat()
+	return err == nil && os.SameFile(x, y)
+}
