@@ -116,17 +116,6 @@ func fileBitmaps(t testing.TB, path string) []bitmapState {
 	return bitmapStates(t, im)
 }
 
-func copyFile(t testing.TB, dst, src string) {
-	t.Helper()
-	b, err := os.ReadFile(src)
-	if err == nil {
-		err = os.WriteFile(dst, b, 0o666)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
 // qemuStep does a step of a test by QEMU: "add NAME [GRANULARITY]", "remove",
 // "clear", "enable" or "disable NAME", "merge NAME SOURCE [FILE]", "write",
 // "zero" or "discard OFF LEN".
