@@ -194,12 +194,6 @@ func (r contextReader) Read(p []byte) (int, error) {
 // changeSnapshots does the steps to all images or to none.
 func changeSnapshots(ctx context.Context, o *snapshotOptions, names []string, steps []snapshotStep) error {
 	o.open.write = true
-	var txns []*qcow2.SnapshotTxn
-	defer func() {
-		for _, tx := range txns {
-			tx.Abort()
-		}
-	}()
 	of := func(i int, err error) error {
 		if err == nil || len(names) == 1 || ctx.Err() != nil {
 			return err
@@ -215,6 +209,12 @@ func changeSnapshots(ctx context.Context, o *snapshotOptions, names []string, st
 		defer img.close()
 		images = append(images, img)
 	}
+	var txns []*qcow2.SnapshotTxn
+	defer func() { // before the images are closed
+		for _, tx := range txns {
+			tx.Abort()
+		}
+	}()
 	for i, img := range images {
 		if len(steps) == 0 {
 			continue
