@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math/bits"
+	"slices"
 
 	"qimg/qcow2/blockdev"
 )
@@ -517,6 +518,150 @@ func (a *allocator) missingBlock(first, n int64) (int64, error) {
 		}
 	}
 	return -1, nil
+}
+
+// setWidth begins the refcounts anew, in another width, inside a transaction
+// that has changed nothing yet. The blocks and the table on disk, which nobody
+// needs then, are given up. progress is told how many entries of the old table
+// were gone through.
+//
+// That every refcount fits was seen before: see tooWide.
+func (a *allocator) setWidth(width uint, progress func(done, total int64) error) error {
+	old := a.old
+	a.table, a.width = nil, width
+	clear(a.blocks)
+	a.last = nil
+	err := a.eachOld(func(index int64, b []byte) error {
+		if err := progress(index, int64(len(old.table))); err != nil || b == nil {
+			return err
+		}
+		s := blockRefcounts(a.geo, old.width)
+		for i := range int64(1) << s {
+			n := blockRefcount(b, old.width, i)
+			if n == 0 {
+				continue
+			}
+			c := index<<s + i
+			to, err := a.change(c >> a.perBlock())
+			if err != nil {
+				return err
+			}
+			a.put(to, c&(1<<a.perBlock()-1), n)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, off := range old.table {
+		if off != 0 {
+			if err := a.add(int64(off)>>a.geo.clusterBits, -1); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// tooWide returns the first cluster on disk whose refcount does not fit a width,
+// and its refcount, which is 0 if all fit.
+func (a *allocator) tooWide(width uint) (cluster int64, refcount uint64, err error) {
+	if width >= a.old.width {
+		return 0, 0, nil
+	}
+	err = a.eachOld(func(index int64, b []byte) error {
+		s := blockRefcounts(a.geo, a.old.width)
+		for i := int64(0); b != nil && refcount == 0 && i < 1<<s; i++ {
+			if n := blockRefcount(b, a.old.width, i); n>>width != 0 {
+				cluster, refcount = index<<s+i, n
+			}
+		}
+		return nil
+	})
+	return cluster, refcount, err
+}
+
+// eachOld calls f with each refcount block on disk, by its index in the table;
+// nil if there is none. The bytes are valid until f returns.
+func (a *allocator) eachOld(f func(index int64, b []byte) error) error {
+	buf := make([]byte, a.geo.clusterSize)
+	for i, off := range a.old.table {
+		var b []byte
+		if off != 0 {
+			b = buf
+			if err := readFull(a.dev, b, int64(off)); err != nil {
+				return fmt.Errorf("qcow2: refcount block at %#x: %w", off, err)
+			}
+		}
+		if err := f(int64(i), b); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// dropEmpty gives up, inside a transaction, the refcount blocks that count
+// nothing but themselves.
+func (a *allocator) dropEmpty() error {
+	s := a.perBlock()
+	for again := true; again; {
+		again = false
+		for i := int64(len(a.table)) - 1; i >= 0; i-- {
+			b, err := a.block(i)
+			if err != nil {
+				return err
+			}
+			if b == nil {
+				continue
+			}
+			own := int64(-1)
+			if c := b.off >> a.geo.clusterBits; c>>s == i {
+				own = c & (1<<s - 1)
+			}
+			if !a.emptyBut(b, own) {
+				continue
+			}
+			off := b.off
+			a.table[i] = 0
+			delete(a.blocks, i)
+			a.last = nil
+			if own < 0 {
+				if err := a.add(off>>a.geo.clusterBits, -1); err != nil {
+					return err
+				}
+			}
+			again = true
+		}
+	}
+	return nil
+}
+
+// emptyBut reports whether all refcounts of a block are 0, but for that of the
+// entry own if own is not negative.
+func (a *allocator) emptyBut(b *refcountBlock, own int64) bool {
+	if own >= 0 {
+		n := blockRefcount(b.b, a.width, own)
+		putRefcount(b.b, a.width, own, 0)
+		defer putRefcount(b.b, a.width, own, n)
+	}
+	return !slices.ContainsFunc(b.b, func(x byte) bool { return x != 0 })
+}
+
+// lastUsed returns the last cluster that is in use, by its number.
+func (a *allocator) lastUsed() (int64, error) {
+	s := a.perBlock()
+	for i := int64(len(a.table)) - 1; i >= 0; i-- {
+		b, err := a.block(i)
+		if err != nil {
+			return 0, err
+		}
+		for c := int64(1)<<s - 1; b != nil && c >= 0; c-- {
+			if blockRefcount(b.b, a.width, c) != 0 {
+				return i<<s + c, nil
+			}
+		}
+	}
+	return 0, nil
 }
 
 // begin starts a transaction: the state on disk is kept.

@@ -450,3 +450,13 @@ func TestCrashTrialFinds(t *testing.T) {
 		})
 	}
 }
+
+// newImage makes an empty image in memory.
+func newImage(t testing.TB, size int64, o qcow2.FormatOptions) *blockdev.Memory {
+	t.Helper()
+	m := blockdev.NewMemory(0)
+	if err := qcow2.Create(t.Context(), m, size, &qcow2.CreateOptions{FormatOptions: o}); err != nil {
+		t.Fatal(err)
+	}
+	return m
+}

@@ -7,15 +7,18 @@ import (
 )
 
 // TestFaults lets one call of the device after the other fail while the guest
-// writes.
+// writes, and while the image is changed as a whole.
 func TestFaults(t *testing.T) {
-	step := 5
-	if *crashLong {
-		step = 1
-	}
 	runs := 0
 	for _, v := range variants() {
 		t.Run(v.name, func(t *testing.T) {
+			step := 5
+			if v.ExtendedL2 {
+				step = 19 // its clusters are large
+			}
+			if *crashLong {
+				step = 1
+			}
 			f := newFixture(t, v)
 			runs += qcow2.TrialFaults(t, f.dev, &qcow2.TrialOptions{Open: f.open, Data: f.data}, step, func(tr *qcow2.Trial) {
 				tr.Write(emptyAt*f.c+10, noise(40, int(f.c)*5/2))
@@ -27,6 +30,10 @@ func TestFaults(t *testing.T) {
 				tr.Sync()
 				tr.Write(plainAt*f.c+100, noise(43, int(f.c)))
 				tr.Write(zeroAllocAt*f.c+100, noise(44, int(f.c)))
+				for _, op := range wholeOps(v) {
+					op.run(tr, f.c, 1)
+				}
+				tr.Write(plainAt*f.c, noise(45, int(f.c)))
 			})
 		})
 	}

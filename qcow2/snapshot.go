@@ -11,6 +11,7 @@ import (
 const (
 	snapshotHeaderSize    = 40
 	snapshotExtraDataSize = 24 // that is known: VM state size, disk size, icount
+	snapshotExtraDataV3   = 16 // that version 3 asks for: without icount
 )
 
 // Snapshot is an entry of the snapshot table.

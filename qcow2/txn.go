@@ -35,7 +35,12 @@ type txn struct {
 
 	alloced  bool  // something was allocated or freed
 	counted  bool  // references changed, so that copied flags can be wrong
+	shrink   bool  // refcount blocks that have become empty are given up
 	fileSize int64 // at the beginning
+	taken    int64 // clusters that were handed out
+	// placed are those clusters, if it is not nil.
+	placed   map[int64]bool
+	moveL1   bool  // the active L1 table is written anew in any case
 	prepared bool  // all but the header is on disk
 	snapEnd  int64 // of the snapshot table to be
 	done     bool
@@ -172,10 +177,19 @@ func (t *txn) writeNew(b []byte) (int64, error) {
 // l2 returns the L2 table that an L1 entry points at, of any L1 table, to be
 // changed as one likes; nil if it points at none.
 func (t *txn) l2(entry uint64) ([]byte, error) {
+	if entry&l1OffsetMask == 0 {
+		return nil, nil
+	}
+	return t.readL2(nil, entry)
+}
+
+// readL2 is l2 into b, which is made if it is nil, and left alone if the entry
+// points at no table.
+func (t *txn) readL2(b []byte, entry uint64) ([]byte, error) {
 	g := &t.im.geo
 	off := int64(entry & l1OffsetMask)
 	if off == 0 {
-		return nil, nil
+		return b, nil
 	}
 	if g.inCluster(uint64(off)) != 0 {
 		return nil, &FormatError{"l1 entry", -1, "l2 table offset", fmt.Sprintf("%#x not aligned to %#x: run check", off, g.clusterSize), ErrCorrupt}
@@ -183,7 +197,9 @@ func (t *txn) l2(entry uint64) ([]byte, error) {
 	if err := t.ctx.Err(); err != nil {
 		return nil, err
 	}
-	b := make([]byte, g.clusterSize)
+	if b == nil {
+		b = make([]byte, g.clusterSize)
+	}
 	if err := readFull(t.im.dev, b, off); err != nil {
 		return nil, fmt.Errorf("qcow2: l2 table at %#x: %w", off, err)
 	}
@@ -328,7 +344,7 @@ func (t *txn) commit() error {
 // putL1 writes the active L1 table if it has changed.
 func (t *txn) putL1() error {
 	h := &t.header
-	if slices.Equal(t.l1, t.im.l1Words()) {
+	if !t.moveL1 && slices.Equal(t.l1, t.im.l1Words()) {
 		return nil
 	}
 	if len(t.l1) > maxL1Size/l1EntrySize {
@@ -382,6 +398,11 @@ func (t *txn) putRefcounts() error {
 	im, a, h, g := t.im, t.im.w.alloc, &t.header, &t.im.geo
 	if err := t.count(int64(h.RefcountTableOffset), int64(h.RefcountTableClusters)<<h.ClusterBits, -1); err != nil {
 		return err
+	}
+	if t.shrink {
+		if err := a.dropEmpty(); err != nil {
+			return err
+		}
 	}
 	size := func() int64 { return g.clusters(int64(len(a.table)) * reftableEntrySize) }
 	var n, off int64

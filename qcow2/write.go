@@ -95,6 +95,12 @@ func (im *Image) newAllocator(w *writeState) (err error) {
 // taken notes that a cluster is handed out. One that a table lies in has a
 // wrong refcount, of 0.
 func (im *Image) taken(cluster int64) error {
+	if t := im.w.txn; t != nil {
+		t.taken++
+		if t.placed != nil {
+			t.placed[cluster] = true
+		}
+	}
 	if im.w.tables.hit(cluster, cluster+1) >= 0 {
 		return fmt.Errorf("qcow2: cluster at %#x has refcount 0, but a table lies in it: run check -r all: %w", cluster<<im.geo.clusterBits, ErrCorrupt)
 	}

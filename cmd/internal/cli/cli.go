@@ -86,6 +86,7 @@ func newRoot(host Host) *cobra.Command {
 			"usage: qemu-img [standard options] command [command options]\n" + root.HelpTemplate())
 	}
 	root.AddCommand(
+		newAmend(host),
 		newBitmap(host),
 		newBuild(host),
 		newCheck(host),
@@ -94,6 +95,7 @@ func newRoot(host Host) *cobra.Command {
 		newInfo(host),
 		newMap(host),
 		newRebase(host),
+		newResize(host),
 		newSnapshot(host),
 	)
 	for _, c := range root.Commands() {
@@ -102,16 +104,27 @@ func newRoot(host Host) *cobra.Command {
 	return root
 }
 
+// lastOperand is the annotation of a command whose last argument is none of its
+// options, whatever it begins with.
+const lastOperand = "last operand"
+
 // useGetopt has a command's options read by getopt.
 func useGetopt(c *cobra.Command) {
 	run := c.RunE
 	c.DisableFlagParsing = true
 	c.RunE = func(c *cobra.Command, args []string) error {
+		var last []string
+		if c.Annotations[lastOperand] != "" && len(args) > 1 {
+			args, last = args[:len(args)-1], args[len(args)-1:]
+		}
 		operands, err := getopt(c.Flags(), append([]string{c.Name()}, args...), false)
 		if err != nil {
 			return helped(c, err)
 		}
-		return run(c, operands)
+		if c.Annotations[lastOperand] != "" && last == nil {
+			return usagef("Not enough arguments")
+		}
+		return run(c, append(operands, last...))
 	}
 }
 
