@@ -113,7 +113,6 @@ var bitmapDiffers = map[string]string{
 	"corrupt-reftable-zero.qcow2": "qemu-img marks it corrupt and says that all is well; qimg refuses",
 	"empty-0.qcow2":               "qemu-img loses the bitmap and says that all is well; qimg refuses",
 	"extdata-missing.qcow2":       "the data file is not needed",
-	"aes-legacy.qcow2":            "the key is not needed",
 	"luks.qcow2":                  "the key is not needed",
 	"luks-2keys.qcow2":            "the key is not needed",
 	"luks-cbc-essiv.qcow2":        "the key is not needed",
