@@ -11,6 +11,27 @@ import (
 	"qimg/qcow2/blockdev"
 )
 
+// FileError is an error of opening a file that an image names.
+type FileError struct {
+	Backing bool   // a backing file; an external data file otherwise
+	Depth   int    // of the image that names it: 0 is the one that was opened
+	Path    string // "" if it is not known
+	Err     error
+}
+
+func (e *FileError) Error() string { return e.Err.Error() }
+
+// Unwrap returns Err.
+func (e *FileError) Unwrap() error { return e.Err }
+
+// fileError makes err a FileError, unless it comes from further below and is one.
+func (im *Image) fileError(backing bool, path string, err error) error {
+	if below := (*FileError)(nil); err == nil || errors.As(err, &below) {
+		return err
+	}
+	return &FileError{backing, im.id, path, err}
+}
+
 // openDataFile sets im.data.
 func (im *Image) openDataFile() error {
 	if im.header.IncompatibleFeatures&IncompatDataFile == 0 {
@@ -47,7 +68,7 @@ func (im *Image) openDataFile() error {
 	}
 	f, err := im.shared.openFile(path, im.writes)
 	if err != nil {
-		return fmt.Errorf("qcow2: external data file: %w", err)
+		return im.fileError(false, path, fmt.Errorf("qcow2: external data file: %w", err))
 	}
 	im.data = f
 	im.closers = append(im.closers, f)
@@ -75,7 +96,7 @@ func (im *Image) openBacking() error {
 	}
 	ref, err := parseReference(name)
 	if err != nil {
-		return err
+		return im.fileError(true, "", err)
 	}
 	if ref.format == "" {
 		ref.format = im.header.BackingFormat()
@@ -93,14 +114,14 @@ func (im *Image) openBacking() error {
 	}
 	f, err := im.shared.openFile(ref.path, write)
 	if err != nil {
-		return fmt.Errorf("qcow2: backing file: %w", err)
+		return im.fileError(true, ref.path, fmt.Errorf("qcow2: backing file: %w", err))
 	}
 	im.backingName = f.Name()
 	im.backingProbed = ref.format == ""
 	dev, err := im.shared.openFormat(f, ref, write)
 	if err != nil {
 		f.Close()
-		return im.inBacking(err)
+		return im.fileError(true, ref.path, im.inBacking(err))
 	}
 	im.backing = dev
 	// An Image leaves its file open, and what is no Closer cannot close it.

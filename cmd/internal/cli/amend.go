@@ -14,7 +14,7 @@ import (
 
 type amendOptions struct {
 	open        openOptions
-	options     []string
+	options     optionArgs
 	cache       string
 	progress    bool
 	quiet       bool
@@ -39,7 +39,7 @@ func newAmend(host Host) *cobra.Command {
 	}
 	f := cmd.Flags()
 	o.open.addFlags(f, host)
-	f.StringArrayVarP(&o.options, "options", "o", nil, "what to change, as NAME=VALUE,...; help lists it")
+	f.VarP(&o.options, "options", "o", "what to change, as NAME=VALUE,...; help lists it")
 	f.StringVarP(&o.cache, "cache", "t", "writeback", "cache mode, for qemu-img's sake: it changes nothing")
 	f.BoolVarP(&o.progress, "progress", "p", false, "print how much is done")
 	f.BoolVarP(&o.quiet, "quiet", "q", false, "print errors only")
@@ -50,10 +50,7 @@ func newAmend(host Host) *cobra.Command {
 }
 
 func runAmend(ctx context.Context, host Host, o *amendOptions, args []string) error {
-	list, err := joinOptions(o.options)
-	if err != nil {
-		return err
-	}
+	list := o.options.String()
 	switch {
 	case len(o.options) == 0:
 		return usagef("Must specify options (-o)")

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -21,11 +22,12 @@ type createOptions struct {
 	format        string
 	backing       string
 	backingFormat string
-	options       []string
+	options       optionArgs
 	noOpen        bool
 	quiet         bool
-	hasBacking    bool // -b was given, maybe with an empty name
-	secrets       secrets
+	// -b and -F were given, maybe with empty names.
+	hasBacking, hasBackingFormat bool
+	secrets                      secrets
 }
 
 func newCreate(host Host) *cobra.Command {
@@ -37,6 +39,7 @@ func newCreate(host Host) *cobra.Command {
 			"  qimg create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.hasBacking = cmd.Flags().Changed("backing")
+			o.hasBackingFormat = cmd.Flags().Changed("backing-format")
 			return runCreate(cmd.Context(), host, &o, args)
 		},
 	}
@@ -44,7 +47,7 @@ func newCreate(host Host) *cobra.Command {
 	f.StringVarP(&o.format, "format", "f", "raw", "format of the new image: raw or qcow2")
 	f.StringVarP(&o.backing, "backing", "b", "", "backing file: what the new image does not hold is read from it")
 	f.StringVarP(&o.backingFormat, "backing-format", "F", "", "format of the backing file")
-	f.StringArrayVarP(&o.options, "options", "o", nil, "options of the format, as NAME=VALUE,...; help lists them")
+	f.VarP(&o.options, "options", "o", "options of the format, as NAME=VALUE,...; help lists them")
 	f.BoolVarP(&o.noOpen, "unsafe", "u", false, "do not look at the backing file")
 	f.BoolVarP(&o.quiet, "quiet", "q", false, "print nothing")
 	f.Var(&o.secrets, "object", "make an object: secret,id=NAME,data=TEXT or secret,id=NAME,file=FILE")
@@ -55,10 +58,7 @@ func newCreate(host Host) *cobra.Command {
 const noSize = math.MaxUint64
 
 func runCreate(ctx context.Context, host Host, o *createOptions, args []string) error {
-	list, err := joinOptions(o.options)
-	if err != nil {
-		return err
-	}
+	list := o.options.String()
 	if wantsHelp(list) {
 		return createHelp(host, o.format, len(args) > 0)
 	}
@@ -103,6 +103,8 @@ func formatOptions(format string) ([]optionDesc, error) {
 	switch format {
 	case "raw":
 		return []optionDesc{size}, nil
+	case "file":
+		return append([]optionDesc{size}, fileOptions(nil)...), nil
 	case "qcow2":
 		return []optionDesc{
 			{"encryption", boolOption, "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)", ""},
@@ -171,7 +173,7 @@ func create(ctx context.Context, host Host, o *createOptions, list, name string,
 	if o.hasBacking && opts.set("backing_file", o.backing) != nil {
 		return messagef("Backing file not supported for file format '%s'", o.format)
 	}
-	if o.backingFormat != "" && opts.set("backing_fmt", o.backingFormat) != nil {
+	if o.hasBackingFormat && opts.set("backing_fmt", o.backingFormat) != nil {
 		return messagef("Backing file format not supported for file format '%s'", o.format)
 	}
 	if backing := opts.str("backing_file"); opts.has("backing_file") {
@@ -185,14 +187,24 @@ func create(ctx context.Context, host Host, o *createOptions, list, name string,
 	if !o.quiet {
 		fmt.Fprintf(host.Out, "Formatting '%s', fmt=%s %s\n", name, o.format, opts)
 	}
-	if opts.uint("size") > math.MaxInt64 {
-		return messagef("The image size is too large for file format '%s'", o.format)
+	if o.format == "qcow2" {
+		err = createQcow2(ctx, path, opts, &o.secrets)
+	} else {
+		err = createRaw(ctx, path, opts)
 	}
-	if o.format == "raw" {
-		return createRaw(ctx, path, opts)
+	if errors.Is(err, syscall.EFBIG) {
+		hint := ""
+		if opts.uint("cluster_size") > 0 {
+			hint = " (try using a larger cluster size)"
+		}
+		return messagef("The image size is too large for file format '%s'%s", o.format, hint)
 	}
-	return createQcow2(ctx, path, opts, &o.secrets)
+	return err
 }
+
+// diskSize returns the size that the options say, in whole sectors; negative if
+// it is too large to be one.
+func diskSize(opts *optionList) int64 { return int64(opts.uint("size")+511) &^ 511 }
 
 // checkBacking looks at the backing file: it has to be there, and gives its
 // size to an image that has none.
@@ -211,7 +223,10 @@ func checkBacking(name, backing string, o *createOptions, opts *optionList) erro
 		return nil
 	}
 	full := combinePath(name, backing)
-	img, err := openImage(full, &openOptions{format: format, forceShare: true, host: o.host})
+	if format == "" && opts.has("backing_fmt") {
+		return withHint(messagef("Unknown driver ''"), "Could not open backing image.\n")
+	}
+	img, err := openImage(full, &openOptions{format: format, forceShare: true, chain: true, locked: true, host: o.host})
 	if err != nil {
 		return withHint(err, "Could not open backing image.\n")
 	}
@@ -236,67 +251,156 @@ func newFile(path string, opts *blockdev.CreateOptions) (*blockdev.Output, error
 		return nil, withHint(errors.New(lock.Reason()), lockHint(path))
 	case errors.As(err, &errno):
 		return nil, messagef("Could not create '%s': %s", path, strerror(errno))
+	case err != nil && path == "":
+		return nil, messagef("Could not create '': %s", strerror(syscall.ENOENT))
+	}
+	if info, e := os.Stat(path); err != nil && e == nil && info.IsDir() {
+		return nil, messagef("Could not create '%s': %s", path, strerror(syscall.EISDIR))
 	}
 	return out, err
 }
 
-func createRaw(ctx context.Context, path string, opts *optionList) error {
-	mode := opts.str("preallocation")
-	if mode != "" && mode != "off" && mode != "falloc" && mode != "full" {
-		return fmt.Errorf("invalid parameter value: %s", mode)
+// target is where a new image is made: a new file, or a block device.
+type target struct {
+	out *blockdev.Output // nil: a device
+	dev *blockdev.File
+}
+
+func newTarget(path string) (*target, error) {
+	info, err := os.Stat(path)
+	if err == nil && info.Mode()&(os.ModeDevice|os.ModeCharDevice) == os.ModeDevice {
+		f, err := blockdev.OpenFile(path, &blockdev.FileOptions{Write: true})
+		if err != nil {
+			return nil, openError(path, err)
+		}
+		return &target{dev: f}, nil
 	}
 	out, err := newFile(path, nil)
 	if err != nil {
+		return nil, err
+	}
+	return &target{out, out.File()}, nil
+}
+
+// commit makes the image complete.
+func (t *target) commit() error {
+	if t.out != nil {
+		return t.out.Commit()
+	}
+	if err := t.dev.Sync(); err != nil {
 		return err
 	}
-	defer out.Abort()
-	size := int64(opts.uint("size")+511) &^ 511
-	if err := out.File().Truncate(size); err != nil {
+	return t.dev.Close()
+}
+
+// abort drops what is not committed; a device keeps what was written.
+func (t *target) abort() {
+	if t.out != nil {
+		t.out.Abort()
+	} else {
+		t.dev.Close()
+	}
+}
+
+// checkPreallocation refuses modes that leave on a device what lies there: it
+// would be read.
+func (t *target) checkPreallocation(mode string) error {
+	if t.out == nil && mode != "" && mode != "off" && mode != "full" {
+		return fmt.Errorf("preallocation=%s cannot be used on a device, whose old content would be read; off and full can", mode)
+	}
+	return nil
+}
+
+func createRaw(ctx context.Context, path string, opts *optionList) error {
+	mode, size := opts.str("preallocation"), diskSize(opts)
+	switch {
+	case size < 0:
+		return messagef("Could not resize file: Invalid argument")
+	case mode == "metadata":
+		return messagef("Unsupported preallocation mode: metadata")
+	case opts.has("preallocation") && mode != "off" && mode != "falloc" && mode != "full":
+		return messagef("invalid parameter value: %s", mode)
+	}
+	t, err := newTarget(path)
+	if err != nil {
 		return err
 	}
-	switch mode {
-	case "falloc":
-		err = blockdev.AllocateZeroes(ctx, out.File(), 0, size, nil)
-	case "full":
-		err = blockdev.FillZeroes(ctx, out.File(), 0, size, nil)
+	defer t.abort()
+	if err := t.checkPreallocation(mode); err != nil {
+		return err
+	}
+	switch {
+	case t.out != nil:
+		err = t.dev.Truncate(size)
+	case size > t.dev.Size():
+		err = messagef("Cannot grow device files")
+	default:
+		// So that no format is found there.
+		err = t.dev.WriteZeroes(0, min(size, 512))
+	}
+	switch {
+	case err != nil:
+	case mode == "falloc":
+		err = blockdev.AllocateZeroes(ctx, t.dev, 0, size, nil)
+	case mode == "full":
+		err = blockdev.FillZeroes(ctx, t.dev, 0, size, nil)
 	}
 	if err != nil {
 		return err
 	}
-	return out.Commit()
+	return t.commit()
 }
 
-func createQcow2(ctx context.Context, path string, opts *optionList, s *secrets) (err error) {
+func createQcow2(ctx context.Context, path string, opts *optionList, s *secrets) error {
 	co, err := qcow2Options(opts, s)
 	if err != nil {
 		return err
 	}
-	out, err := newFile(path, nil)
+	if diskSize(opts) < 0 {
+		return messagef("Could not resize image: Image size cannot be negative")
+	}
+	t, err := newTarget(path)
 	if err != nil {
 		return err
 	}
-	defer out.Abort()
-	var data *blockdev.Output
-	if co.DataFile != "" {
-		name, err := localPath(co.DataFile)
-		if err != nil {
-			return err
-		}
-		if data, err = newFile(name, nil); err != nil {
-			return err
-		}
-		defer data.Abort()
-		co.Data = data.File()
+	defer t.abort()
+	mode := opts.str("preallocation")
+	if err := t.checkPreallocation(mode); err != nil {
+		return err
 	}
-	if err := qcow2.Create(ctx, out.File(), int64(opts.uint("size")), co); err != nil {
+	var data *target
+	if co.DataFile != "" {
+		if co.DataFile, err = localPath(co.DataFile); err != nil {
+			return err
+		}
+		if samePath(co.DataFile, path) {
+			return withHint(messagef(`Failed to get shared "resize" lock`), lockHint(path))
+		}
+		if data, err = newTarget(co.DataFile); err != nil {
+			return err
+		}
+		defer data.abort()
+		if err := data.checkPreallocation(mode); err != nil {
+			return err
+		}
+		co.Data = data.dev
+	}
+	if err := qcow2.Create(ctx, t.dev, diskSize(opts), co); err != nil {
 		return err
 	}
 	if data != nil {
-		if err := data.Commit(); err != nil {
+		if err := data.commit(); err != nil {
 			return err
 		}
 	}
-	return out.Commit()
+	return t.commit()
+}
+
+// samePath reports whether two names are those of one place.
+func samePath(a, b string) bool {
+	a, errA := filepath.Abs(a)
+	b, errB := filepath.Abs(b)
+	return errA == nil && errB == nil && a == b
 }
 
 // localPath returns the path that a name of an image means. A prefix up to a

@@ -2,6 +2,7 @@ package cli
 
 import (
 	"math"
+	"slices"
 	"time"
 
 	"qimg/qcow2"
@@ -32,7 +33,7 @@ func qcow2Options(l *optionList, s *secrets) (*qcow2.CreateOptions, error) {
 			return nil, err
 		}
 	}
-	if f := co.BackingFormat; l.has("backing_fmt") && f != "raw" && f != "qcow2" {
+	if f := co.BackingFormat; l.has("backing_fmt") && checkDriver(f) != nil && !slices.Contains(qemuDrivers(), f) {
 		return nil, notAccepted("backing-fmt", f)
 	}
 	if l.has("data_file") && co.DataFile == "" {

@@ -212,7 +212,15 @@ func newMapper(img *image) *mapper {
 // status tells of at most limit bytes at off.
 func (m *mapper) status(off, limit int64) (mapEntry, error) {
 	if size := m.dev.Size(); off >= size { // the rest of the last sector of a raw image
-		return mapEntry{start: off, length: limit, present: true, zero: true, hasOffset: true, offset: off, file: fileName(m.dev)}, nil
+		e := mapEntry{start: off, length: limit, present: true, zero: true, hasOffset: true, offset: off, file: fileName(m.dev)}
+		if size > 0 {
+			x, err := blockdev.NextExtent(m.dev, size-1)
+			if err != nil {
+				return e, err
+			}
+			e.offset, e.file = x.HostOff+1+off-size, fileName(x.Host)
+		}
+		return e, nil
 	}
 	x, err := blockdev.NextExtent(m.dev, off)
 	if err != nil {

@@ -212,7 +212,6 @@ func (o *opening) openQcow2(img, file *image, opts blockOptions, noBacking bool)
 		img.setName(file, strong)
 		return nil
 	}
-	var asked qcow2.SecretRequest
 	qo := &qcow2.OpenOptions{Write: o.write && !o.damaged, ForceShare: o.forceShare, Backing: qcow2.BackingIgnore, Snapshot: o.snapshot, CacheSize: o.cacheSize}
 	if o.chain {
 		qo.Backing, qo.WriteBacking = qcow2.BackingFollow, o.layer
@@ -223,7 +222,6 @@ func (o *opening) openQcow2(img, file *image, opts blockOptions, noBacking bool)
 			if r.ID == "" && o.locked {
 				return nil, nil
 			}
-			asked = r
 			return o.secrets.passphrase(r.ID)
 		}
 	}
@@ -239,9 +237,6 @@ func (o *opening) openQcow2(img, file *image, opts blockOptions, noBacking bool)
 		if o.damaged && isDamaged(img.dev) {
 			img.setName(file, strong)
 			return nil
-		}
-		if errors.Is(err, qcow2.ErrPassphrase) && asked.Depth > 0 {
-			return prefixError("Could not open backing file", qcow2Error(err))
 		}
 		return qcow2Error(err)
 	}
@@ -265,12 +260,28 @@ func isDamaged(dev blockdev.Reader) bool {
 	return errors.As(err, &bad) && (bad.Struct == "snapshot table" || bad.Field == "nb_snapshots")
 }
 
+// qcow2Error puts an error of opening an image, or a file that it names, in
+// qemu-img's words.
 func qcow2Error(err error) error {
-	if errors.Is(err, qcow2.ErrFormat) {
-		return messagef("Image is not in qcow2 format")
+	steps := 0
+	var file *qcow2.FileError
+	named := errors.As(err, &file)
+	if named {
+		steps = file.Depth
+		if file.Backing {
+			steps++
+		}
 	}
-	if errors.Is(err, qcow2.ErrPassphrase) {
-		return messagef("Invalid password, cannot unlock any keyslot")
+	switch {
+	case errors.Is(err, qcow2.ErrFormat):
+		err = messagef("Image is not in qcow2 format")
+	case errors.Is(err, qcow2.ErrPassphrase):
+		err = messagef("Invalid password, cannot unlock any keyslot")
+	case named:
+		err = openError(file.Path, file.Err)
+	}
+	for range steps {
+		err = prefixError("Could not open backing file", err)
 	}
 	return err
 }

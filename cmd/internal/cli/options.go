@@ -41,16 +41,25 @@ func newOptionList(descs []optionDesc) *optionList {
 	return &optionList{descs, map[string]string{}}
 }
 
-// joinOptions joins the arguments of several -o. It refuses those whose commas
-// would join with the ones between them.
-func joinOptions(args []string) (string, error) {
-	for _, a := range args {
-		tail := len(a) - len(strings.TrimRight(a, ","))
-		if a == "" || a[0] == ',' || tail%2 != 0 {
-			return "", messagef("Invalid option list: %s", a)
-		}
+// optionArgs are the arguments of -o, which can be given several times. It is a
+// pflag.Value.
+type optionArgs []string
+
+// String joins the arguments.
+func (o *optionArgs) String() string { return strings.Join(*o, ",") }
+
+// Type is the name in the help.
+func (o *optionArgs) Type() string { return "options" }
+
+// Set adds an argument. It refuses one whose commas would join with the ones
+// between the arguments.
+func (o *optionArgs) Set(arg string) error {
+	tail := len(arg) - len(strings.TrimRight(arg, ","))
+	if arg == "" || arg[0] == ',' || tail%2 != 0 {
+		return messagef("Invalid option list: %s", arg)
 	}
-	return strings.Join(args, ","), nil
+	*o = append(*o, arg)
+	return nil
 }
 
 // optionPair is an option as it is given.
