@@ -56,7 +56,7 @@ func (o *opening) open(name *string, opts blockOptions, below bool) (*image, err
 	if withBacking && backing == "" {
 		o.host.warn(`Use of "backing": "" is deprecated; use "backing": null instead`)
 	}
-	noBacking := !o.chain
+	noBacking := false
 	if withBacking && (backing == nil || backing == "") {
 		delete(opts, "backing")
 		noBacking = true
