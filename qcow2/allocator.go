@@ -48,6 +48,7 @@ type allocator struct {
 	moved   map[int64]bool
 	pending []refcountChange
 	busy    bool
+	freed   clusterSet // gets the clusters whose refcount becomes 0
 	// grow is told when a block is needed for which the table has no entry.
 	grow func(index int64) error
 	// reserve makes the file reach up to end.
@@ -264,6 +265,7 @@ func (a *allocator) apply(c refcountChange) error {
 		a.cursor = min(a.cursor, c.cluster)
 	} else if n == 0 {
 		a.old.cursor = min(a.old.cursor, c.cluster)
+		a.freed.add(c.cluster)
 	}
 	return nil
 }

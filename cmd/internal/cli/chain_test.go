@@ -2,6 +2,7 @@ package cli_test
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -117,10 +118,17 @@ func both(t *testing.T, dir string, args ...string) (theirs, ours string) {
 }
 
 // sameImages compares the images of two folders: what they are, and what their
-// guests read.
+// guests read. Those that are the same files need no look.
 func sameImages(t *testing.T, theirs, ours string, layers []*layer) {
 	t.Helper()
 	for _, l := range layers {
+		a, err := os.ReadFile(filepath.Join(theirs, l.name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if b, err := os.ReadFile(filepath.Join(ours, l.name)); err == nil && bytes.Equal(a, b) {
+			continue
+		}
 		t.Chdir(theirs)
 		info := withoutDiskSize(oracle.Run(t, "qemu-img", "info", "-f", l.format, l.name))
 		t.Chdir(ours)

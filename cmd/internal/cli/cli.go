@@ -90,6 +90,7 @@ func newRoot(host Host) *cobra.Command {
 		newBitmap(host),
 		newBuild(host),
 		newCheck(host),
+		newCommit(host),
 		newCreate(host),
 		newDump(host),
 		newInfo(host),
