@@ -197,7 +197,12 @@ type crashOp struct {
 
 func guestOps() []crashOp {
 	write := func(at, more int64, n func(c int64) int64) func(tr *qcow2.Trial, c int64, salt byte) {
-		return func(tr *qcow2.Trial, c int64, salt byte) { tr.Write(at*c+more, noise(100+salt, int(n(c)))) }
+		return func(tr *qcow2.Trial, c int64, salt byte) {
+			off := at*c + more
+			if n := min(n(c), tr.Image.Size()-off); n > 0 { // the disk may have become smaller
+				tr.Write(off, noise(100+salt, int(n)))
+			}
+		}
 	}
 	times := func(num, den int64) func(c int64) int64 { return func(c int64) int64 { return c * num / den } }
 	return []crashOp{
@@ -232,7 +237,7 @@ func wholeOps(v variant) []crashOp {
 	var list []crashOp
 	do := func(name string, op func(tr *qcow2.Trial, salt byte) error) {
 		list = append(list, crashOp{name, func(tr *qcow2.Trial, _ int64, salt byte) {
-			tr.Do(name, func() error { return op(tr, salt) })
+			tr.DoOrRefuse(name, func() error { return op(tr, salt) })
 		}})
 	}
 	if !v.data && v.RefcountBits > 1 {
@@ -259,6 +264,27 @@ func wholeOps(v variant) []crashOp {
 		do("bitmap add", func(tr *qcow2.Trial, salt byte) error {
 			return tr.Image.AddBitmap(ctx, fmt.Sprint("bitmap", salt), nil)
 		})
+		do("bitmap remove", func(tr *qcow2.Trial, _ byte) error { return tr.Image.RemoveBitmap(ctx, "bitmap1") })
+	}
+	do("grow", func(tr *qcow2.Trial, _ byte) error {
+		return tr.Image.Resize(ctx, tr.Image.Size()+70*v.ClusterSize, nil)
+	})
+	do("shrink", func(tr *qcow2.Trial, _ byte) error {
+		return tr.Image.Resize(ctx, (emptyTableAt+2)*v.ClusterSize+512, &qcow2.ResizeOptions{Shrink: true})
+	})
+	do("amend", func(tr *qcow2.Trial, salt byte) error {
+		o := qcow2.AmendOptions{Version: 2, RefcountBits: 16}
+		if salt == 2 {
+			o = qcow2.AmendOptions{Version: 3, RefcountBits: 32}
+		}
+		_, err := tr.Image.Amend(ctx, &o)
+		return err
+	})
+	if v.backing {
+		list = append(list, crashOp{"rebase", func(tr *qcow2.Trial, c int64, _ byte) {
+			tr.Zero(mixedAt*c, c) // it may leak as any guest write
+			tr.Do("rebase", func() error { return tr.Image.Rebase(ctx, nil, "", "", nil) })
+		}})
 	}
 	return list
 }
@@ -267,7 +293,7 @@ func wholeOps(v variant) []crashOp {
 // sequences of two, with and without a sync between them, on every variant.
 func TestCrashSequences(t *testing.T) {
 	opts := &blocktest.CrashOptions{Subsets: 16, Tears: 2}
-	share := 40 // of the sequences one in so many is run
+	share := 100 // of the sequences one in so many is run
 	if *crashLong {
 		opts, share = nil, 1
 	}

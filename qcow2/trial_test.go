@@ -375,11 +375,33 @@ func (tr *Trial) settle() {
 // image is afterwards is taken for right: the caller looks at it.
 func (tr *Trial) Do(name string, op func() error) {
 	tr.t.Helper()
+	tr.do(name, op, false)
+}
+
+// DoOrRefuse is Do for an operation that may also be refused, for a reason that
+// lies in the image: nothing has changed then.
+func (tr *Trial) DoOrRefuse(name string, op func() error) {
+	tr.t.Helper()
+	tr.do(name, op, true)
+}
+
+func (tr *Trial) do(name string, op func() error, refusable bool) {
+	tr.t.Helper()
 	if tr.refuses(name, op) {
 		return
 	}
+	before := tr.now[len(tr.now)-1].rest
 	e := tr.mark(name)
-	good := tr.try(name, op())
+	err := op()
+	var option OptionError
+	var bitmap *BitmapError
+	if refusable && (errors.As(err, &option) || errors.As(err, &bitmap) || errors.Is(err, ErrLimit) || errors.Is(err, ErrNotFound)) {
+		if rest := tr.below().rest; rest != before {
+			tr.t.Fatalf("%s: %v, and the image has changed:\n%sbefore:\n%s", name, err, rest, before)
+		}
+		return
+	}
+	good := tr.try(name, err)
 	if good {
 		leaks := tr.now[0].leaks
 		tr.settle()

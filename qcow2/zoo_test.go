@@ -83,7 +83,7 @@ func zoo(t *testing.T, f func(t *testing.T, path string, want expected)) {
 // digests returns the sha256 of the guest content, "" above 512 MiB, and that
 // of its blocks that are not zero as make-qcow2-zoo defines it. Only extents
 // that are not zero are read. size is what the content is cut or padded to.
-func digests(t *testing.T, im *qcow2.Image, size int64) (full, sparse string) {
+func digests(t testing.TB, im *qcow2.Image, size int64) (full, sparse string) {
 	t.Helper()
 	h, f := sha256.New(), sha256.New()
 	const block = 4096
