@@ -271,11 +271,11 @@ func snapshotJSON(s *qcow2.Snapshot) object {
 		o.add("icount", int64(s.ICount))
 	}
 	o.add("vm-clock-nsec", s.VMClockNsec%1e9)
-	o.add("name", s.Name)
+	o.add("name", cut(s.Name, maxSnapshotName))
 	o.add("date-sec", int64(s.DateSec))
 	o.add("date-nsec", int64(s.DateNsec))
 	o.add("vm-clock-sec", s.VMClockNsec/1e9)
-	o.add("id", s.ID)
+	o.add("id", cut(s.ID, maxSnapshotID))
 	o.add("vm-state-size", s.VMStateSize)
 	return o
 }
@@ -311,6 +311,12 @@ func (i *imageInfo) print(w io.Writer) {
 	}
 }
 
+// How much of the id and the name of a snapshot QEMU knows, in bytes.
+const (
+	maxSnapshotID   = 127
+	maxSnapshotName = qcow2.MaxSnapshotName
+)
+
 // printSnapshots prints the table of snapshots; times are local.
 func printSnapshots(w io.Writer, list []qcow2.Snapshot) {
 	const row = "%s %s %8s%20s%13s%11s\n"
@@ -323,9 +329,12 @@ func printSnapshots(w io.Writer, list []qcow2.Snapshot) {
 			icount = fmt.Sprint(int64(s.ICount))
 		}
 		date := time.Unix(int64(s.DateSec), 0).Format("2006-01-02 15:04:05")
-		fmt.Fprintf(w, row, bytePad(s.ID, 9), bytePad(s.Name, 16), humanSize(s.VMStateSize), date, clock, icount)
+		fmt.Fprintf(w, row, bytePad(cut(s.ID, maxSnapshotID), 9), bytePad(cut(s.Name, maxSnapshotName), 16), humanSize(s.VMStateSize), date, clock, icount)
 	}
 }
+
+// cut returns n bytes of s at most.
+func cut(s string, n int) string { return s[:min(len(s), n)] }
 
 // bytePad pads a string to a number of bytes, as C does; fmt counts runes.
 func bytePad(s string, n int) string { return s + strings.Repeat(" ", max(0, n-len(s))) }

@@ -41,8 +41,9 @@ func newSnapshot(host Host) *cobra.Command {
 			"two of those can leave some changed and some not, each of them whole.\n\n" +
 			"--export writes a snapshot to files of its own, both or neither. The vm state is a\n" +
 			"migration stream of QEMU, so that any number of machines resume from it:\n" +
-			"qemu-system-x86_64 ... -snapshot -incoming \"exec: cat FILE\". --import makes a\n" +
-			"snapshot of such a stream, which -loadvm loads.\n\n" +
+			"qemu-system-x86_64 ... -snapshot -incoming \"exec: cat FILE\". What is encrypted in\n" +
+			"the image is not in the files. --import makes a snapshot of such a stream, which\n" +
+			"-loadvm loads.\n\n" +
 			"JSON of -l is an array with an object for each image: filename, and snapshots,\n" +
 			"an array of what the table has: id, name, date-sec and date-nsec (since 1970),\n" +
 			"vm-clock-sec and vm-clock-nsec (how long the guest had run), icount (left out if\n" +

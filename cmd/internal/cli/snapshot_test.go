@@ -122,6 +122,11 @@ func TestSnapshotExport(t *testing.T) {
 		if want := vmStateOf(t, file, len(got)); !bytes.Equal(got, want) {
 			t.Errorf("%s: the vm state is something else than what QEMU saved", file)
 		}
+		if file == "snap-vmstate.qcow2" {
+			t.Chdir(dir)
+			incoming(t, mem, disk)
+			zoo(t)
+		}
 		if stdout := mustRun(t, "snapshot", "--export", "1", "--vmstate", "-", file); stdout != string(got) {
 			t.Errorf("%s: standard output is something else than a file", file)
 		}

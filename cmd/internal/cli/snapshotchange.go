@@ -39,7 +39,7 @@ func (o *snapshotOptions) steps(ctx context.Context, host Host) ([]snapshotStep,
 
 func createStep(tag string) snapshotStep {
 	// qemu-img cuts a name that is too long.
-	name := tag[:min(len(tag), qcow2.MaxSnapshotName)]
+	name := cut(tag, maxSnapshotName)
 	return func(tx *qcow2.SnapshotTxn) error {
 		_, err := tx.Create(name, &qcow2.SnapshotOptions{Date: now()})
 		if err != nil {

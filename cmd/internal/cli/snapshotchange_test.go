@@ -234,3 +234,39 @@ func TestSnapshotSpace(t *testing.T) {
 		t.Errorf("%d bytes on disk, with qemu-img %d", ours, theirs)
 	}
 }
+
+// An image has 65,536 snapshots at most.
+func TestSnapshotLimit(t *testing.T) {
+	oracle.Require(t, "qemu-img")
+	t.Chdir(t.TempDir())
+	mustRun(t, "create", "-q", "-f", "qcow2", "-o", "cluster_size=512,refcount_bits=32", "image", "1M")
+	oracle.MustRun(t, "qemu-io", "-c", "write -P 1 0 4k", "image")
+	var ops strings.Builder
+	for i := range 65535 {
+		fmt.Fprintf(&ops, "create s%d\n", i)
+	}
+	writeFile(t, "ops", ops.String())
+	mustRun(t, "snapshot", "--from", "ops", "image")
+	writeFile(t, "two", "create last\ncreate one too many\n")
+	if r := run(t, "snapshot", "--from", "two", "image"); r.Stderr != "qemu-img: two:2: Could not create snapshot 'one too many': -27 (File too large)\n" {
+		t.Errorf("%+v", r)
+	}
+	mustRun(t, "snapshot", "-c", "last", "image")
+	oracle.MustRun(t, "qemu-img", "check", "image")
+	same(t, "snapshot", "-l", "image")
+	same(t, "snapshot", "-c", "one too many", "image")
+	mustRun(t, "snapshot", "-d", "s5000", "image")
+	mustRun(t, "snapshot", "-a", "last", "image")
+	oracle.MustRun(t, "qemu-img", "check", "image")
+
+	// A refcount counts 65,535 references: those of the disk and of one less.
+	mustRun(t, "create", "-q", "-f", "qcow2", "-o", "cluster_size=512", "image", "1M")
+	oracle.MustRun(t, "qemu-io", "-c", "write -P 1 0 4k", "image")
+	if r := run(t, "snapshot", "--from", "ops", "image"); r.Code != 1 || !strings.Contains(r.Stderr, "refcounts of 16 bits cannot count 65536 references") {
+		t.Errorf("%+v", r)
+	}
+	if got := tags(t, "image"); got != "" {
+		t.Error("there are snapshots")
+	}
+	oracle.MustRun(t, "qemu-img", "check", "image")
+}
