@@ -96,7 +96,7 @@ func readSteps(host Host, path string) ([]snapshotStep, error) {
 		step := kind(tag)
 		steps = append(steps, func(tx *qcow2.SnapshotTxn) error {
 			if err := step(tx); err != nil {
-				return fmt.Errorf("%s:%d: %w", name, n, err)
+				return prefixError(fmt.Sprintf("%s:%d", name, n), err)
 			}
 			return nil
 		})
@@ -128,7 +128,7 @@ func (o *snapshotOptions) importStep(ctx context.Context, host Host) snapshotSte
 	return func(tx *qcow2.SnapshotTxn) (err error) {
 		defer func() {
 			if err != nil {
-				err = fmt.Errorf("Could not import snapshot '%s': %w", tag, err)
+				err = prefixError(fmt.Sprintf("Could not import snapshot '%s'", tag), err)
 			}
 		}()
 		if o.disk == "" && o.vmState == "" {
@@ -198,7 +198,7 @@ func changeSnapshots(ctx context.Context, o *snapshotOptions, names []string, st
 		if err == nil || len(names) == 1 || ctx.Err() != nil {
 			return err
 		}
-		return fmt.Errorf("%s: %w", names[i], err)
+		return prefixError(names[i], err)
 	}
 	var images []*image
 	for _, name := range names {

@@ -252,12 +252,14 @@ func TestSnapshotLimit(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 	mustRun(t, "snapshot", "-c", "last", "image")
-	oracle.MustRun(t, "qemu-img", "check", "image")
-	same(t, "snapshot", "-l", "image")
-	same(t, "snapshot", "-c", "one too many", "image")
+	if !testing.Short() { // qemu-img takes ten seconds to open it
+		same(t, "snapshot", "-c", "one too many", "image")
+		same(t, "snapshot", "-l", "image")
+	}
+	mustRun(t, "check", "image")
 	mustRun(t, "snapshot", "-d", "s5000", "image")
 	mustRun(t, "snapshot", "-a", "last", "image")
-	oracle.MustRun(t, "qemu-img", "check", "image")
+	mustRun(t, "check", "image")
 
 	// A refcount counts 65,535 references: those of the disk and of one less.
 	mustRun(t, "create", "-q", "-f", "qcow2", "-o", "cluster_size=512", "image", "1M")

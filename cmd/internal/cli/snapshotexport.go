@@ -35,7 +35,7 @@ func exportSnapshot(ctx context.Context, host Host, o *snapshotOptions, args []s
 		return messagef("Could not export snapshot '%s': Block driver does not support snapshots", o.action.tag)
 	}
 	if err := o.export(ctx, host, img.qcow2); err != nil {
-		return fmt.Errorf("Could not export snapshot '%s': %w", o.action.tag, err)
+		return prefixError(fmt.Sprintf("Could not export snapshot '%s'", o.action.tag), err)
 	}
 	return nil
 }
