@@ -69,9 +69,10 @@ func execute(ctx context.Context, root *cobra.Command, args []string) error {
 func newRoot(host Host) *cobra.Command {
 	root := &cobra.Command{
 		Use:   host.name,
-		Short: "qimg makes, inspects and checks disk images",
-		Long: "qimg makes, inspects and checks disk images. It needs no root, no mount and no\n" +
-			"other program. create, info and check are used as those of qemu-img.",
+		Short: "qimg makes, inspects, changes and repairs disk images",
+		Long: "qimg makes, inspects, changes and repairs disk images. It needs no root, no mount\n" +
+			"and no other program. All commands but build and dump are used as those of\n" +
+			"qemu-img.",
 		SilenceErrors:      true,
 		SilenceUsage:       true,
 		DisableSuggestions: true,
