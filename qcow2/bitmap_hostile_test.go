@@ -182,7 +182,7 @@ func TestHostileBitmapShares(t *testing.T) {
 				t.Fatal(err)
 			}
 			// In one transaction, whatever it removes first.
-			if err = im.resizeForTest(t, 2*TinySize); err == nil && name != "two have one table" {
+			if err = im.ResizeForTest(t, 2*TinySize); err == nil && name != "two have one table" {
 				err = im.RemoveBitmap(t.Context(), "a")
 			}
 			if name == "two have one table" && err == nil {
@@ -204,8 +204,8 @@ func TestHostileBitmapShares(t *testing.T) {
 	}
 }
 
-// resizeForTest changes the size of an image that has no data.
-func (im *Image) resizeForTest(t *testing.T, size int64) error {
+// ResizeForTest changes the size of an image that has no data.
+func (im *Image) ResizeForTest(t *testing.T, size int64) error {
 	t.Helper()
 	im.mu.Lock()
 	defer im.mu.Unlock()
@@ -328,7 +328,7 @@ func TestBitmapRefusals(t *testing.T) {
 		{BitmapInconsistent, im.MergeBitmap(ctx, "b", other, "lost")},
 		{BitmapSizesDiffer, im.MergeBitmap(ctx, "b", other, "b")},
 		{BitmapVersion2, old.AddBitmap(ctx, "n", nil)},
-		{BitmapInconsistent, im.resizeForTest(t, 2*TinySize)},
+		{BitmapInconsistent, im.ResizeForTest(t, 2*TinySize)},
 	} {
 		var e *BitmapError
 		if !errors.As(c.err, &e) || e.Reason != c.want {

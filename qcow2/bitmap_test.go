@@ -103,16 +103,14 @@ func bitmapStates(t testing.TB, im *qcow2.Image) []bitmapState {
 }
 
 // fileBitmaps is bitmapStates of a file, which has to be clean.
-func fileBitmaps(t testing.TB, path string) []bitmapState {
+func fileBitmaps(t *testing.T, path string) []bitmapState {
 	t.Helper()
-	if r := oracle.Run(t, "qemu-img", "check", "-f", "qcow2", path); r.Code != 0 {
-		t.Errorf("qemu-img check: exit %d\n%s%s", r.Code, r.Stdout, r.Stderr)
-	}
 	im, err := qcow2.Open(path, &qcow2.OpenOptions{Backing: qcow2.BackingIgnore})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer im.Close()
+	mustClean(t, im)
 	return bitmapStates(t, im)
 }
 
@@ -302,6 +300,7 @@ func TestBitmapSteps(t *testing.T) {
 				}
 			}
 			for _, who := range []string{"each", "once"} {
+				oracle.MustRun(t, "qemu-img", "check", "-f", "qcow2", paths[who])
 				oracle.MustRun(t, "qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", paths["qemu"], paths[who])
 				// QEMU goes on with it.
 				for _, s := range []string{"write 0 100", "remove b", "remove d", "add e"} {
@@ -311,6 +310,47 @@ func TestBitmapSteps(t *testing.T) {
 					t.Errorf("%d bitmaps are left", len(got))
 				}
 			}
+		})
+	}
+}
+
+// TestBitmapResize: bitmaps follow the size of the disk as QEMU's do.
+func TestBitmapResize(t *testing.T) {
+	oracle.Require(t, "qemu-img", "qemu-io")
+	for _, clusterSize := range []int{512, 65536} {
+		t.Run(fmt.Sprint(clusterSize), func(t *testing.T) {
+			dir := t.TempDir()
+			qemu, own := filepath.Join(dir, "qemu.qcow2"), filepath.Join(dir, "own.qcow2")
+			for _, path := range []string{qemu, own} {
+				oracle.MustRun(t, "qemu-img", "create", "-q", "-f", "qcow2", "-o", fmt.Sprint("cluster_size=", clusterSize), path, "9438720")
+			}
+			size := int64(9438720)
+			for _, step := range []string{
+				"add a 512", "add b 4096", "add c 2097152", "add d 2097152", "disable d", "discard 9437184 1536", "9438208", "discard 100000 3000",
+				"41943040", "discard 41942999 41", "discard 0 900000", "20971520", "8388608", "5243392", "30000128", "discard 2000000 800000",
+				"2097664", "3145728", "clear a", "discard 1024 1", "1536", "104857600", "discard 50000000 1000", "65536",
+			} {
+				if n, err := strconv.ParseInt(step, 10, 64); err == nil {
+					size = n
+					oracle.MustRun(t, "qemu-img", "resize", "-q", "--shrink", "-f", "qcow2", qemu, step)
+				} else {
+					qemuStep(t, qemu, step)
+				}
+				im := openWrite(t, own)
+				var err error
+				if strings.Contains(step, " ") {
+					err = ownStep(t, im, step)
+				} else {
+					err = im.ResizeForTest(t, size)
+				}
+				if err := errors.Join(err, im.Close()); err != nil {
+					t.Fatalf("%s: %v", step, err)
+				}
+				if d := cmp.Diff(fileBitmaps(t, qemu), fileBitmaps(t, own)); d != "" {
+					t.Fatalf("%s: -qemu +own\n%s", step, d)
+				}
+			}
+			oracle.MustRun(t, "qemu-img", "check", "-f", "qcow2", own)
 		})
 	}
 }
