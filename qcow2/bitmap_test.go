@@ -251,7 +251,8 @@ func TestBitmapSteps(t *testing.T) {
 	for _, s := range []string{"add x 1024", "add y 65536", "write 70000 5000", "write 800000 20000", fmt.Sprint("write ", size-1, " 1")} {
 		qemuStep(t, other, s)
 	}
-	steps := slices.Concat([]string{"add a 512", "add b", "add c 1048576", "write 0 1", "disable b", "write 1000000 10000"},
+	steps := slices.Concat([]string{"add a 512", "add b", "add c 1048576", "write 0 1", "disable b", "write 1000000 10000",
+		"zero 2096640 1024"},
 		randomSteps(rand.New(rand.NewPCG(7, 8)), 5, size),
 		[]string{"sync", "add d 2097152", "merge d a", "merge a c", "merge b b", "enable b", "write 500000 5", "remove c"},
 		[]string{"merge a x " + other, "merge b x " + other, "merge a y " + other, "merge d y " + other, "zero 3000000 3000000"},
