@@ -38,6 +38,8 @@ func variants() []variant {
 	ext.ExtendedL2 = true
 	lazy := f(3, 4096, 16)
 	lazy.LazyRefcounts = true
+	aes := f(3, 4096, 16)
+	aes.Encrypt = qcow2.EncryptOptions{Method: qcow2.CryptAES, Passphrase: []byte("abc")}
 	zstd := f(3, 4096, 16)
 	zstd.Compression = qcow2.CompressionZstd
 	return []variant{
@@ -58,6 +60,7 @@ func variants() []variant {
 		{name: "extl2", FormatOptions: ext, compressed: true},
 		{name: "extl2-backing", FormatOptions: ext, backing: true},
 		{name: "extl2-snapshot", FormatOptions: ext, compressed: true, snapshot: true},
+		{name: "4096-aes", FormatOptions: aes, snapshot: true},
 		{name: "data", FormatOptions: f(3, 4096, 16), data: true},
 		{name: "extl2-data", FormatOptions: ext, data: true},
 	}
@@ -108,6 +111,9 @@ func newFixture(t testing.TB, v variant) *fixture {
 		}
 		format.BackingFile, format.BackingFormat = path, "raw"
 		f.open.Backing = qcow2.BackingFollow
+	}
+	if format.Encrypt.Method != qcow2.CryptNone {
+		f.open.Secret = func(qcow2.SecretRequest) ([]byte, error) { return format.Encrypt.Passphrase, nil }
 	}
 	var err error
 	switch {

@@ -22,6 +22,7 @@ type crypt struct {
 	// guest: sectors are numbered by their place in the guest, else by that in
 	// the file (qcow2.txt, crypt_method; block/qcow2.h, crypt_physical_offset).
 	guest   bool
+	master  []byte    // the key, with LUKS
 	buffers sync.Pool // of *[sectorSize]byte
 }
 
@@ -302,17 +303,21 @@ func (im *Image) unlock(id string) error {
 	if err != nil {
 		return err
 	}
-	x, _ := im.header.Crypto() // LUKS has checked that it is there
-	im.crypt, err = newLUKSCrypt(&h, passphrase, maxKeyWork, func(p []byte, off int64) error {
-		if uint64(off+int64(len(p))) > x.Length { // off and p are those of a key slot
-			return fmt.Errorf("%d bytes at %#x, which the encryption header of %d bytes has not: %w", len(p), off, x.Length, ErrCorrupt)
-		}
-		return readFull(im.dev, p, int64(x.Offset)+off)
-	})
-	if err != nil {
+	if im.crypt, err = newLUKSCrypt(&h, passphrase, maxKeyWork, im.readCryptHeader); err != nil {
+		x, _ := im.header.Crypto()
 		return fmt.Errorf("qcow2: luks header at %#x: %w", x.Offset, err)
 	}
 	return nil
+}
+
+// readCryptHeader fills p from an offset in the encryption header, of a key
+// slot of what LUKS returns.
+func (im *Image) readCryptHeader(p []byte, off int64) error {
+	x, _ := im.header.Crypto() // LUKS has checked that it is there
+	if uint64(off+int64(len(p))) > x.Length {
+		return fmt.Errorf("%d bytes at %#x, which the encryption header of %d bytes has not: %w", len(p), off, x.Length, ErrCorrupt)
+	}
+	return readFull(im.dev, p, int64(x.Offset)+off)
 }
 
 // readSectors fills p with decrypted data. off is its place in the guest, host

@@ -158,86 +158,115 @@ func (o *EncryptOptions) create(h *LUKSHeader) (c *crypt, area []byte, err error
 		c, err = newAESCrypt(o.Passphrase)
 		return c, nil, err
 	}
-	random := o.Random
-	if random == nil {
-		random = rand.Reader
+	k := keyMaker{random: o.Random, iterTime: o.IterTime}
+	if k.keyDeriver, err = newKeyDeriver(h.HashSpec, maxKeyWork); err != nil {
+		return nil, nil, err
 	}
-	n := int(h.MasterKeyLen)
-	master, uuid := make([]byte, n), make([]byte, 16)
-	defer clear(master)
-	slot := &h.KeySlots[0]
-	area = make([]byte, slot.KeyOffset+int64(n)*luksStripes) // whole sectors, see luksHeader
-	split := area[slot.KeyOffset:]
-	for _, p := range [][]byte{master, uuid, h.MasterKeySalt[:], slot.Salt[:], split[:n*(luksStripes-1)]} {
-		if _, err := io.ReadFull(random, p); err != nil {
-			return nil, nil, fmt.Errorf("qcow2: random bytes for keys: %w", err)
+	master, uuid := make([]byte, h.MasterKeyLen), make([]byte, 16)
+	for _, p := range [][]byte{master, uuid, h.MasterKeySalt[:]} {
+		if err := k.read(p); err != nil {
+			return nil, nil, err
 		}
 	}
 	uuid[6], uuid[8] = uuid[6]&0x0f|0x40, uuid[8]&0x3f|0x80 // version 4, RFC 9562
 	h.UUID = fmt.Sprintf("%x-%x-%x-%x-%x", uuid[:4], uuid[4:6], uuid[6:8], uuid[8:10], uuid[10:])
 
-	d, err := newKeyDeriver(h.HashSpec, maxKeyWork)
-	if err != nil {
+	// QEMU gives the digest an eighth of the time.
+	if h.MasterKeyIterations, err = k.iterations(luksDigestSize, 8); err != nil {
 		return nil, nil, err
 	}
-	if err := o.setIterations(h, d); err != nil {
-		return nil, nil, err
-	}
-	digest, err := d.key(master, h.MasterKeySalt[:], h.MasterKeyIterations, luksDigestSize)
+	digest, err := k.key(master, h.MasterKeySalt[:], h.MasterKeyIterations, luksDigestSize)
 	if err != nil {
 		return nil, nil, err
 	}
 	copy(h.MasterKeyDigest[:], digest)
-	key, err := d.key(o.Passphrase, slot.Salt[:], slot.Iterations, n)
+	material, err := k.fillSlot(h, 0, o.Passphrase, master)
 	if err != nil {
 		return nil, nil, err
 	}
-	defer clear(key)
-	// The last stripe is what makes all of them together give the master key.
-	last := split[n*(luksStripes-1):]
-	subtle.XORBytes(last, mergeKey(d.hash, split, n), master)
-	slotCipher, err := newSectorCipher(h.CipherMode, key)
-	if err != nil {
-		return nil, nil, err
-	}
-	if err := newCrypt(slotCipher, false).encrypt(split, 0, 0); err != nil {
-		return nil, nil, err
-	}
-	slot.Active = true
+	area = make([]byte, h.KeySlots[0].KeyOffset, h.KeySlots[0].KeyOffset+int64(len(material)))
 	copy(area, h.appendTo(nil))
-
-	payload, err := newSectorCipher(h.CipherMode, master)
-	if err != nil {
-		return nil, nil, err
-	}
-	return newCrypt(payload, false), area, nil
+	c, err = newMasterCrypt(h, master)
+	return c, append(area, material...), err
 }
 
-// setIterations chooses iterations as QEMU does: for the key of the passphrase
-// as many as fit in IterTime, for the digest of the master key an eighth. An
-// image that this package would not open is refused.
-func (o *EncryptOptions) setIterations(h *LUKSHeader, d *keyDeriver) error {
-	t := o.IterTime
-	if t == 0 {
-		t = defaultIterTime
+// keyMaker makes key slots.
+type keyMaker struct {
+	*keyDeriver
+	random   io.Reader     // nil: crypto/rand
+	iterTime time.Duration // 0: defaultIterTime
+}
+
+// read fills p with random bytes.
+func (k *keyMaker) read(p []byte) error {
+	random := k.random
+	if random == nil {
+		random = rand.Reader
 	}
-	rate, err := d.rate()
-	if err != nil {
-		return err
+	if _, err := io.ReadFull(random, p); err != nil {
+		return fmt.Errorf("qcow2: random bytes for keys: %w", err)
 	}
-	hashes := max(0, rate*t.Seconds())
-	digest, key := hashes/float64(d.work(luksDigestSize, 1))/8, hashes/float64(d.work(int(h.MasterKeyLen), 1))
-	if limit := float64(maxKeyWork / 2 / d.work(int(h.MasterKeyLen), 1)); key > limit {
-		return optionError("PBKDF iterations %.0f larger than %.0f: Numerical result out of range", key, limit)
-	}
-	h.MasterKeyIterations = uint32(max(minIterations, digest))
-	h.KeySlots[0].Iterations = uint32(max(minIterations, key))
 	return nil
 }
 
-// rate measures how many hashes, counted as maxKeyWork, PBKDF2 makes in a
+// fillSlot makes slot i of the header one of the passphrase, and returns its
+// key material.
+func (k *keyMaker) fillSlot(h *LUKSHeader, i int, passphrase, master []byte) ([]byte, error) {
+	n := len(master)
+	s := &h.KeySlots[i]
+	split := make([]byte, roundUp(n*luksStripes, luksSector))
+	for _, p := range [][]byte{s.Salt[:], split[:n*(luksStripes-1)]} {
+		if err := k.read(p); err != nil {
+			return nil, err
+		}
+	}
+	var err error
+	if s.Iterations, err = k.iterations(n, 1); err != nil {
+		return nil, err
+	}
+	key, err := k.key(passphrase, s.Salt[:], s.Iterations, n)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(key)
+	// The last stripe is what makes all of them together give the master key.
+	subtle.XORBytes(split[n*(luksStripes-1):], mergeKey(k.hash, split[:n*luksStripes], n), master)
+	c, err := newSectorCipher(h.CipherMode, key)
+	if err != nil {
+		return nil, err
+	}
+	if err := newCrypt(c, false).encrypt(split, 0, 0); err != nil {
+		return nil, err
+	}
+	s.Active = true
+	return split[:n*luksStripes], nil
+}
+
+// iterations returns how many make a key of n bytes in a part of the time that
+// it shall take, which is measured. More than this package would open are
+// refused.
+func (k *keyMaker) iterations(n int, part float64) (uint32, error) {
+	if k.rate == 0 {
+		var err error
+		if k.rate, err = k.measure(); err != nil {
+			return 0, err
+		}
+	}
+	t := k.iterTime
+	if t == 0 {
+		t = defaultIterTime
+	}
+	work := k.work(n, 1)
+	iterations, limit := k.rate*t.Seconds()/part/float64(work), float64(maxKeyWork/2/work)
+	if iterations > limit {
+		return 0, optionError("PBKDF iterations %.0f larger than %.0f: Numerical result out of range", iterations, limit)
+	}
+	return uint32(max(minIterations, iterations)), nil
+}
+
+// measure returns how many hashes, counted as maxKeyWork, PBKDF2 makes in a
 // second: the best of some short runs, as other programs can only slow it down.
-func (d *keyDeriver) rate() (float64, error) {
+func (d *keyDeriver) measure() (float64, error) {
 	const run = 10 * time.Millisecond
 	best, long := 0.0, 0
 	for n := minIterations; long < 4 && n < math.MaxInt32/2; {

@@ -39,9 +39,10 @@ func newHash(name string) (func() hash.Hash, error) {
 // is used up.
 type keyDeriver struct {
 	hash func() hash.Hash
-	size int64 // of a hash in bytes
-	max  int64 // hashes, see maxKeyWork
-	left int64 // of max
+	size int64   // of a hash in bytes
+	max  int64   // hashes, see maxKeyWork
+	left int64   // of max
+	rate float64 // hashes in a second, 0: not measured
 }
 
 func newKeyDeriver(hashSpec string, work int64) (*keyDeriver, error) {
@@ -49,7 +50,7 @@ func newKeyDeriver(hashSpec string, work int64) (*keyDeriver, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &keyDeriver{h, int64(h().Size()), work, work}, nil
+	return &keyDeriver{hash: h, size: int64(h().Size()), max: work, left: work}, nil
 }
 
 // work returns what a key of n bytes takes, counted as maxKeyWork.
@@ -93,14 +94,20 @@ func newLUKSCrypt(h *LUKSHeader, passphrase []byte, work int64, read func(p []by
 		if master == nil {
 			continue
 		}
-		c, err := newSectorCipher(h.CipherMode, master)
-		clear(master)
-		if err != nil {
-			return nil, err
-		}
-		return newCrypt(c, false), nil
+		return newMasterCrypt(h, master)
 	}
 	return nil, ErrPassphrase
+}
+
+// newMasterCrypt returns the encryption of an image by its master key.
+func newMasterCrypt(h *LUKSHeader, master []byte) (*crypt, error) {
+	s, err := newSectorCipher(h.CipherMode, master)
+	if err != nil {
+		return nil, err
+	}
+	c := newCrypt(s, false)
+	c.master = master
+	return c, nil
 }
 
 // openSlot returns the master key, nil if the passphrase is not that of the

@@ -312,7 +312,7 @@ func TestEncryptOptions(t *testing.T) {
 		"Algorithm 'serpent-256' not supported":                     func(o *qcow2.EncryptOptions) { o.CipherAlg = "serpent-256" },
 		"Algorithm 'aes-192' not supported with cipher mode 'cbc'":  func(o *qcow2.EncryptOptions) { o.CipherAlg, o.CipherMode = "aes-192", "cbc" },
 		"No AES cipher with key size 20 available":                  func(o *qcow2.EncryptOptions) { o.IVGenAlg, o.IVGenHashAlg = "essiv", "sha1" },
-		"larger than 33554432: Numerical result out of range":       func(o *qcow2.EncryptOptions) { o.IterTime, o.CipherMode, o.HashAlg = 1<<62, "cbc", "sha1" },
+		"larger than 67108864: Numerical result out of range":       func(o *qcow2.EncryptOptions) { o.IterTime, o.CipherMode, o.HashAlg = 1<<62, "cbc", "sha1" },
 		"qcow2: random bytes for keys: unexpected EOF":              func(o *qcow2.EncryptOptions) { o.Random = strings.NewReader("short") },
 		"Compression and encryption not supported at the same time": nil,
 	} {

@@ -76,7 +76,7 @@ func parseLUKS(b []byte) (LUKSHeader, *FormatError) {
 		return h, luksError(ErrCorrupt, "mk-digest-iter", "0, expected 1 at least")
 	}
 	for i := range h.KeySlots {
-		if err := h.parseKeySlot(i, b[208+48*i:]); err != nil {
+		if err := h.parseKeySlot(i, b[luksSlot(i):]); err != nil {
 			return h, err
 		}
 	}

@@ -749,7 +749,15 @@ func (tr *Trial) askQEMU(ms []*blockdev.Memory, leaks bool) error {
 	if leaks {
 		want = 3
 	}
-	if r := oracle.Run(tr.t, "qemu-img", "check", "-f", "qcow2", path); r.Code != want {
+	args := []string{"check", "-f", "qcow2", path}
+	if secret := tr.opts.Open.Secret; secret != nil {
+		passphrase, err := secret(SecretRequest{})
+		if err != nil {
+			return err
+		}
+		args = []string{"check", "--object", "secret,id=s,data=" + string(passphrase), "--image-opts", "driver=qcow2,encrypt.key-secret=s,file.filename=" + strings.ReplaceAll(path, ",", ",,")}
+	}
+	if r := oracle.Run(tr.t, "qemu-img", args...); r.Code != want {
 		return fmt.Errorf("qemu-img check: exit %d, expected %d\n%s%s", r.Code, want, r.Stdout, r.Stderr)
 	}
 	return nil
