@@ -380,14 +380,14 @@ func (t *txn) clearTail(old int64, place bool) error {
 				return false, err
 			}
 		}
-		if err := im.writeHost(cluster, start, to); err != nil {
-			return false, im.fail(err)
-		}
 		binary.BigEndian.PutUint64(b[at:], uint64(to)|oflagCopied)
+		if g.extended && !stale {
+			return true, nil // the subclusters stay what they are
+		}
 		if g.extended {
 			binary.BigEndian.PutUint64(b[at+8:], subclusterAllocMask)
 		}
-		return true, nil
+		return true, im.fail(im.writeHost(cluster, start, to))
 	})
 }
 

@@ -113,7 +113,7 @@ func resizeRaw(ctx context.Context, img *image, size int64, prealloc qcow2.Preal
 	old := f.Size()
 	size += old - img.dev.Size() // what lies before the disk
 	if prealloc == qcow2.PreallocationMetadata {
-		return messagef("Unsupported preallocation mode '%s'", prealloc)
+		return messagef("Unsupported preallocation mode: %s", prealloc)
 	}
 	err := f.Truncate(size)
 	if errors.Is(err, errors.ErrUnsupported) {
