@@ -16,19 +16,19 @@ import (
 	"qimg/qcow2/blockdev/oracle"
 )
 
-// twins are two folders with the same files: qemu-img works in the first, qimg
+// rivals are two folders with the same files: qemu-img works in the first, qimg
 // in the second.
-type twins struct {
+type rivals struct {
 	t    testing.TB
 	dirs [2]string
 }
 
-func newTwins(t testing.TB) *twins {
-	return &twins{t, [2]string{t.TempDir(), t.TempDir()}}
+func newRivals(t testing.TB) *rivals {
+	return &rivals{t, [2]string{t.TempDir(), t.TempDir()}}
 }
 
 // copy copies a file into both, with its holes.
-func (tw *twins) copy(path string) {
+func (tw *rivals) copy(path string) {
 	tw.t.Helper()
 	for _, dir := range tw.dirs {
 		copySparse(tw.t, path, filepath.Join(dir, filepath.Base(path)))
@@ -62,7 +62,7 @@ func copySparse(t testing.TB, from, to string) {
 }
 
 // link makes links to files in both.
-func (tw *twins) link(paths ...string) {
+func (tw *rivals) link(paths ...string) {
 	tw.t.Helper()
 	for _, dir := range tw.dirs {
 		for _, path := range paths {
@@ -74,7 +74,7 @@ func (tw *twins) link(paths ...string) {
 }
 
 // qemu runs a program in both.
-func (tw *twins) qemu(program string, args ...string) {
+func (tw *rivals) qemu(program string, args ...string) {
 	tw.t.Helper()
 	for _, dir := range tw.dirs {
 		tw.in(dir, func() { oracle.MustRun(tw.t, program, args...) })
@@ -82,7 +82,7 @@ func (tw *twins) qemu(program string, args ...string) {
 }
 
 // in runs f in a folder.
-func (tw *twins) in(dir string, f func()) {
+func (tw *rivals) in(dir string, f func()) {
 	tw.t.Helper()
 	was, err := os.Getwd()
 	if err == nil {
@@ -96,7 +96,7 @@ func (tw *twins) in(dir string, f func()) {
 }
 
 // same runs both programs, each in its folder, and compares what they do.
-func (tw *twins) same(args ...string) oracle.Result {
+func (tw *rivals) same(args ...string) oracle.Result {
 	tw.t.Helper()
 	var want, got oracle.Result
 	tw.in(tw.dirs[0], func() { want = oracle.Run(tw.t, "qemu-img", args...) })
@@ -109,13 +109,13 @@ func (tw *twins) same(args ...string) oracle.Result {
 
 // alike compares what is in the two folders, by qemu-img alone. mapped says that
 // the images are made of the same extents, wherever those lie.
-func (tw *twins) alike(file string, mapped bool) {
+func (tw *rivals) alike(file string, mapped bool) {
 	tw.t.Helper()
 	tw.alikeBut(file, filepath.Join(tw.dirs[0], file), mapped)
 }
 
 // alikeBut is alike, but the guest has to read what is in model.
-func (tw *twins) alikeBut(file, model string, mapped bool) {
+func (tw *rivals) alikeBut(file, model string, mapped bool) {
 	tw.t.Helper()
 	look := func(args ...string) (out [2]oracle.Result) {
 		tw.t.Helper()
@@ -172,7 +172,7 @@ func extents(t testing.TB, text string) (runs []string) {
 
 func TestAmendMessages(t *testing.T) {
 	oracle.Require(t, "qemu-img")
-	tw := newTwins(t)
+	tw := newRivals(t)
 	tw.qemu("qemu-img", "create", "-q", "-f", "raw", "raw", "1M")
 	tw.qemu("qemu-img", "create", "-q", "-f", "qcow2", "v3", "4M")
 	tw.qemu("qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=0.10", "v2", "4M")
@@ -273,7 +273,7 @@ func TestAmendZoo(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			tw := newTwins(t)
+			tw := newRivals(t)
 			for _, path := range all {
 				if base := filepath.Base(path); base == file || base == name+".data" {
 					tw.copy(path)
@@ -351,7 +351,7 @@ func TestAmendRefcountBits(t *testing.T) {
 					continue
 				}
 				t.Run(fmt.Sprintf("%d snapshots, %s to %s", snapshots, from, to), func(t *testing.T) {
-					tw := newTwins(t)
+					tw := newRivals(t)
 					tw.copy(made)
 					tw.same("amend", "-o", "refcount_bits="+to, "x")
 					tw.alike("x", true)

@@ -85,7 +85,7 @@ func runResize(ctx context.Context, host Host, o *resizeOptions, args []string) 
 	case n <= current && o.prealloc.Preallocation != qcow2.PreallocationOff:
 		return messagef("Preallocation can only be used for growing images")
 	case n < current && !o.shrink:
-		message(host.Err, host.name, errors.New("Use the --shrink option to perform a shrink operation."))
+		message(host.Err, host.name, messagef("Use the --shrink option to perform a shrink operation."))
 		host.warn("Shrinking an image will delete all data beyond the shrunken image's end. " +
 			"Before performing such an operation, make sure there is no important data there.")
 		return exit(exitFailed)

@@ -13,7 +13,7 @@ import (
 
 func TestResizeMessages(t *testing.T) {
 	oracle.Require(t, "qemu-img")
-	tw := newTwins(t)
+	tw := newRivals(t)
 	tw.qemu("qemu-img", "create", "-q", "-f", "raw", "raw", "1M")
 	tw.qemu("qemu-img", "create", "-q", "-f", "qcow2", "base", "10M")
 	tw.qemu("qemu-img", "create", "-q", "-f", "qcow2", "v3", "4M")
@@ -108,7 +108,7 @@ func TestResize(t *testing.T) {
 	} {
 		snapshot := i%2 == 0 && !strings.Contains(create, "data_file") && i != 4
 		t.Run(create, func(t *testing.T) {
-			tw := newTwins(t)
+			tw := newRivals(t)
 			args := []string{"create", "-q", "-f", "qcow2"}
 			if create != "" {
 				args = append(args, "-o", create)
