@@ -97,7 +97,7 @@ func (k *killed) replay(round, lines int, cluster int64) (guests [][]byte, snaps
 			continue
 		}
 		for _, op := range killBatch(round, batch, cluster) {
-			op.apply(k.guest, cluster, true)
+			op.apply(k.guest, cluster)
 		}
 		batch++
 		snapshotNext = batch%4 == 0
@@ -107,7 +107,7 @@ func (k *killed) replay(round, lines int, cluster int64) (guests [][]byte, snaps
 	}
 	now := bytes.Clone(k.guest)
 	for _, op := range killBatch(round, batch, cluster) {
-		op.apply(now, cluster, true)
+		op.apply(now, cluster)
 		guests = append(guests, bytes.Clone(now))
 	}
 	return guests, false

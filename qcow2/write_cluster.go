@@ -317,7 +317,7 @@ func (im *Image) eachPart(off, n int64, part func(at l2Place, off, lo, hi int64)
 	end := off + n
 	lo, hi := (off+sub-1)&^(sub-1), end&^(sub-1)
 	if end == im.size && end > lo {
-		hi = (end + sub - 1) &^ (sub - 1)
+		hi = (end + g.clusterSize - 1) &^ (g.clusterSize - 1)
 	}
 	if lo >= hi {
 		return edge(off, n)
