@@ -237,6 +237,7 @@ func TestRandomImages(t *testing.T) {
 			for turn := range turns {
 				ours := (turn+first)%2 == 0
 				r.changeSnapshots(ours)
+				r.resize(ours)
 				r.write(ours)
 				r.check()
 			}
@@ -320,7 +321,7 @@ func (r *randomImage) changeSnapshots(ours bool) {
 			r.snapshots[name] = bytes.Clone(r.want)
 		case exists && r.rand.IntN(2) == 0:
 			flag = "-a"
-			copy(r.want, content)
+			r.want = bytes.Clone(content) // of the size that it had
 		case exists:
 			flag = "-d"
 			delete(r.snapshots, name)
@@ -349,6 +350,33 @@ func (r *randomImage) changeSnapshots(ours bool) {
 		if err := im.Close(); err != nil {
 			r.t.Fatal(err)
 		}
+	}
+}
+
+// resize lets one of both change the size of the disk.
+func (r *randomImage) resize(ours bool) {
+	if r.rand.IntN(3) > 0 || r.o.Version == 2 && len(r.snapshots) > 0 {
+		return
+	}
+	size := 512 * (1 + r.rand.Int64N(int64(len(r.want))*3/2/512+1))
+	if size < int64(len(r.want)) {
+		r.want = r.want[:size:size]
+	} else {
+		r.want = append(r.want, make([]byte, size-int64(len(r.want)))...)
+	}
+	if !ours {
+		oracle.MustRun(r.t, "qemu-img", "resize", "-q", "-f", "qcow2", "--shrink", r.path, fmt.Sprint(size))
+		return
+	}
+	im, err := qcow2.Open(r.path, &qcow2.OpenOptions{Write: true, Backing: qcow2.BackingFollow})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	if err := im.Resize(r.t.Context(), size, &qcow2.ResizeOptions{Shrink: true}); err != nil {
+		r.t.Fatalf("resize to %d: %v", size, err)
+	}
+	if err := im.Close(); err != nil {
+		r.t.Fatal(err)
 	}
 }
 
