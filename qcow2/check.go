@@ -442,6 +442,13 @@ func (c *checker) checkL1(off, size, k int64, kind PartKind) error {
 			c.found(Finding{Kind: L1Reserved, Off: off + at, Index: at / l1EntrySize, Value: entry, Count: k})
 		}
 		l2 := int64(entry & l1OffsetMask)
+		if l2 == 0 && c.fix != nil && c.fix.all {
+			// It names no table, but is counted as if it named the header.
+			if entry&l1ReservedMask == 0 {
+				c.found(Finding{Kind: L1Reserved, Off: off + at, Index: at / l1EntrySize, Value: entry, Count: k})
+			}
+			return nil
+		}
 		c.refer(l2, g.clusterSize, k, 0)
 		if g.inCluster(uint64(l2)) != 0 {
 			c.found(Finding{Kind: L2TableUnaligned, Off: l2, Index: at / l1EntrySize, Value: entry, Count: k})

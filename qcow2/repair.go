@@ -40,7 +40,7 @@ type RepairResult struct {
 
 // Clean reports whether nothing wrong is left.
 func (r *RepairResult) Clean() bool {
-	return r.Check.Corruptions == r.CorruptionsFixed && r.Check.Leaks == r.LeaksFixed && r.Check.CheckErrors == r.Plan.unreadable
+	return r.Check.Corruptions == r.CorruptionsFixed && r.Check.Leaks == r.LeaksFixed && r.Check.CheckErrors == r.Plan.unreadable && r.Plan.stuck == 0
 }
 
 // RepairPlan is what a repair changes. All of it takes effect at once.
@@ -63,6 +63,7 @@ type RepairPlan struct {
 	Size int64
 
 	unreadable int64 // refcounts that could not be read, and are made anew
+	stuck      int64 // overlaps that are not counted, and stay
 }
 
 // TableChange is a table that is written anew in another place. Offsets are in
@@ -107,7 +108,7 @@ func (p *RepairPlan) String() string {
 	if p.RefcountTable != 0 {
 		why := ""
 		if p.Rebuilt {
-			why = ", as the old one cannot be used"
+			why = ", without the old ones"
 		}
 		fmt.Fprintf(&b, "raise the refcounts of %d clusters, free %d leaked clusters\n", p.Raised, p.Freed)
 		fmt.Fprintf(&b, "write refcount table anew at %#x, with %d refcount blocks%s\n", p.RefcountTable, p.RefcountBlocks, why)
@@ -139,7 +140,7 @@ func (p *RepairPlan) String() string {
 // overlap, what can be moved gets a place of its own; guest clusters are copied.
 //
 // While tables cannot be read that may refer to clusters (L1, L2 or bitmap
-// tables in impossible places or beyond the end of the file), leaked clusters
+// tables in impossible places), leaked clusters
 // are left alone: they may be what is missing.
 //
 // Nothing that the old state refers to is overwritten: all new tables are
@@ -265,7 +266,7 @@ func (r *repairer) run() error {
 	if err := r.plan(); err != nil {
 		return err
 	}
-	if c.res.Corruptions == r.res.CorruptionsFixed && c.res.CheckErrors == p.unreadable {
+	if c.res.Corruptions == r.res.CorruptionsFixed && c.res.CheckErrors == p.unreadable && p.stuck == 0 {
 		p.ClearDirty = r.im.header.IncompatibleFeatures&IncompatDirty != 0
 		p.ClearCorrupt = r.im.header.IncompatibleFeatures&IncompatCorrupt != 0
 	}
@@ -300,6 +301,9 @@ func (r *repairer) decide(f *Finding) {
 	}
 	f.Repaired = f.Repaired || r.all && f.Repairable && f.Kind != L1Copied && f.Kind != L2Copied
 	if !f.Repaired {
+		if f.Kind == Overlap && f.Severity == Note {
+			p.stuck++
+		}
 		return
 	}
 	switch f.Severity {
@@ -340,16 +344,15 @@ func (r *repairer) beyond(off, n, k int64) {
 	if n > math.MaxInt64-off {
 		n = math.MaxInt64 - off
 	}
-	for i := off >> g.clusterBits; i <= (off+n-1)>>g.clusterBits; i++ {
-		switch {
-		case i < r.end:
-			r.c.refs.add(i, uint64(k), 0)
-		case i < r.end+maxAhead:
-			r.ahead.add(i-r.end, uint64(k), 0)
-		default:
-			r.far = true
-			return
-		}
+	first, end := off>>g.clusterBits, (off+n-1)>>g.clusterBits+1
+	known := r.end + maxAhead
+	r.far = r.far || end > known
+	never := func(int64, uint64) {} // the counts are not those of a file
+	if in := min(end, r.end); first < in {
+		r.c.refs.addRun(first, in-first, uint64(k), 0, never)
+	}
+	if at, last := max(first, r.end), min(end, known); at < last {
+		r.ahead.addRun(at-r.end, last-at, uint64(k), 0, never)
 	}
 }
 
@@ -383,9 +386,18 @@ func (r *repairer) alloc(n, k int64) (off int64, err error) {
 // free takes k references from each cluster of n bytes at off.
 func (r *repairer) free(off, n, k int64) {
 	g := &r.im.geo
-	for i := off >> g.clusterBits; i < min(r.end, (off+n+g.clusterSize-1)>>g.clusterBits); i++ {
-		count := r.c.refs.raw(i)
-		r.c.refs.put(i, count-min(count, uint64(k)))
+	take := func(refs *refcounts, i int64) {
+		if count := refs.raw(i); count > 0 {
+			refs.put(i, count-min(count, uint64(k)))
+		}
+	}
+	for i := off >> g.clusterBits; i < min(r.end+maxAhead, (off+n+g.clusterSize-1)>>g.clusterBits); i++ {
+		if i < r.next {
+			take(r.c.refs, i)
+		}
+		if i >= r.end {
+			take(r.ahead, i-r.end)
+		}
 	}
 }
 

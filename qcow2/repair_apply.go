@@ -268,6 +268,9 @@ func (r *repairer) readSnapshots() error {
 	if n := int64(im.header.NbSnapshots) - int64(len(im.snapshots)); n > 0 {
 		r.dropped(n)
 	}
+	if r.snapshotsBad {
+		end = min(end, max(start, im.dev.Size())) // what lies beyond is not kept
+	}
 	if im.header.NbSnapshots > 0 {
 		im.snapEnd = end
 	}

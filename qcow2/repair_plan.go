@@ -197,6 +197,9 @@ func (r *repairer) l1Entry(entry uint64, active bool, found func(refcount uint64
 	}
 	if r.all {
 		entry &^= l1ReservedMask
+		if off == 0 {
+			return 0
+		}
 	}
 	if off == 0 {
 		return entry

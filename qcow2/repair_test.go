@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"io"
+	"math/rand/v2"
 	"path/filepath"
 	"slices"
 	"testing"
@@ -161,6 +163,116 @@ func sameGuest(t *testing.T, before, after []byte) {
 	for i := 0; i < len(before); i += 512 {
 		if b, a := before[i:i+512], after[i:i+512]; !bytes.Equal(a, b) && !bytes.HasPrefix(b, []byte("cannot be read")) {
 			t.Errorf("the guest reads something else at %#x: %q, was %q", i, a[:20], b[:20])
+		}
+	}
+}
+
+// flipped changes bits of the tables of a tiny image at random.
+func flipped(r *rand.Rand) []byte {
+	x := qcow2.NewTiny()
+	for range 1 + r.IntN(3) {
+		switch r.IntN(4) {
+		case 0:
+			x.Image[qcow2.TinyRefblock+2*r.IntN(10)+1] ^= 1 << r.IntN(3)
+		case 1:
+			x.Image[qcow2.TinyL1] ^= 1 << r.IntN(8)
+		default:
+			// Flags, and bits of offsets that stay in the file.
+			at := qcow2.TinyL2 + 8*r.IntN(4)
+			bit := []int{7, 7, 7, 6, 56, 56, 48 + 1, 48 + 3}[r.IntN(8)]
+			x.Image[at+bit/8] ^= 1 << (bit % 8)
+		}
+	}
+	return x.Bytes()
+}
+
+// TestRepairLikeQEMU repairs images whose tables were changed at random, and so
+// does qemu-img.
+func TestRepairLikeQEMU(t *testing.T) {
+	oracle.Require(t, "qemu-img")
+	r := rand.New(rand.NewPCG(3, 4))
+	path := filepath.Join(t.TempDir(), "x")
+	compared := 0
+	for i := range 300 {
+		b := flipped(r)
+		leaks, mode := i%3 == 0, "all"
+		if leaks {
+			mode = "leaks"
+		}
+		more := false // qemu-img does less; what lies beyond the end may be inside afterwards
+		dev := disk(t, b)
+		guest := guestOf(dev)
+		res, err := qcow2.Repair(t.Context(), dev, &qcow2.RepairOptions{Leaks: leaks, Found: func(f qcow2.Finding) {
+			switch f.Kind {
+			case qcow2.BeyondEnd, qcow2.L1Reserved, qcow2.L2Reserved, qcow2.CompressedCopied, qcow2.Overlap, qcow2.L2TableUnaligned, qcow2.CompressedSubclusters:
+				more = true
+			}
+		}})
+		sameGuest(t, guest, guestOf(dev))
+		write(t, path, bytesOf(t, dev))
+		after := runQEMUCheck(t, path)
+		if res.Clean() && err == nil && after.code != 0 {
+			t.Errorf("image %d: qemu-img is not content: %+v", i, after)
+		}
+		if !more {
+			compared++
+			write(t, path, b)
+			want := runQEMUCheck(t, path, "-r", mode)
+			if errors.Is(err, qcow2.ErrRebuild) && want.code == 1 {
+				continue
+			}
+			if err != nil || want.code != after.code || want.CorruptionsFixed != res.CorruptionsFixed || want.LeaksFixed != res.LeaksFixed {
+				t.Errorf("image %d -r %s: %+v, %v, exit %d; qemu-img: %+v", i, mode, res, err, after.code, want)
+			}
+		}
+		if t.Failed() {
+			t.Fatalf("image %d", i)
+		}
+	}
+	t.Logf("%d compared", compared)
+	if compared < 100 {
+		t.Errorf("%d images compared only", compared)
+	}
+}
+
+// FuzzRepair changes bytes of an image anywhere, and repairs it until there is
+// nothing left to do.
+func FuzzRepair(f *testing.F) {
+	seeds(f)
+	for _, c := range findingCases() {
+		if b := c.image(); len(b) < 1<<15 {
+			f.Add(b)
+		}
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		converges(t, b)
+	})
+}
+
+// converges repairs an image until nothing changes.
+func converges(t *testing.T, b []byte) {
+	dev := disk(t, b)
+	guest := guestOf(dev)
+	for round := 0; ; round++ {
+		res, err := qcow2.Repair(t.Context(), dev, &qcow2.RepairOptions{Found: func(f qcow2.Finding) { _ = f.String() }})
+		if err != nil {
+			return
+		}
+		sameGuest(t, guest, guestOf(dev))
+		if res.Clean() && !res.Plan.Empty() {
+			im, err := qcow2.New(dev, &qcow2.OpenOptions{Backing: qcow2.BackingIgnore})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if check, err := im.Check(t.Context(), nil); err != nil || checkExit(check) != 0 {
+				t.Fatalf("%+v left, %v\n%v", check, err, &res.Plan)
+			}
+		}
+		if res.Plan.Empty() {
+			return
+		}
+		if round == 8 {
+			t.Fatalf("still something to do:\n%v", &res.Plan)
 		}
 	}
 }
