@@ -214,6 +214,11 @@ func findingCases() []findingCase {
 			return b
 		}, ""},
 		{"refcount block beyond the end", qcow2.RefcountBlockBeyondEnd, put(qcow2.TinyReftable+8, 1<<40), ""},
+		{"refcount block behind the end", qcow2.RefcountBlockBeyondEnd, tiny(func(x *qcow2.Tiny) {
+			x.Header.Version = 2
+			x.Put(qcow2.TinyReftable+8*18, 0x1000)
+			x.Put(qcow2.TinyL2+8, qcow2.TinyData) // another fault, so that tables move
+		}), ""},
 		{"refcount block shared", qcow2.RefcountBlockShared, put(qcow2.TinyReftable+8, qcow2.TinyRefblock), ""},
 		{"bitmap directory", qcow2.BitmapDirectoryBad, tiny(func(x *qcow2.Tiny) { bitmaps(x, 0) }), "qemu-img ends the check there"},
 		{"bitmap table entry", qcow2.BitmapTableEntryBad, tiny(func(x *qcow2.Tiny) { bitmaps(x, 2) }), "qemu-img ends the check there"},

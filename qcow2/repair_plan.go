@@ -313,7 +313,7 @@ func (r *repairer) planRefcounts() error {
 	}
 	for i := 0; i < len(c.table); i += reftableEntrySize {
 		entry := binary.BigEndian.Uint64(c.table[i:])
-		if off := int64(entry); entry&reftableReservedMask == 0 && off > 0 && g.inCluster(entry) == 0 {
+		if off := int64(entry); entry&reftableReservedMask == 0 && off > 0 && g.inCluster(entry) == 0 && off>>g.clusterBits < r.start {
 			r.free(off, g.clusterSize, 1)
 		}
 	}

@@ -235,9 +235,11 @@ func (p *dumper) part(part string) {
 		p.begin(part, "refcounts")
 		for r, err := range d.Refcounts(p.ranges[part]) {
 			o := object{}
-			o.add("host", hexNumber(r.Cluster*d.ClusterSize()))
-			o.add("clusters", r.N)
-			o.add("refcount", r.Refcount)
+			if err == nil {
+				o.add("host", hexNumber(r.Cluster*d.ClusterSize()))
+				o.add("clusters", r.N)
+				o.add("refcount", r.Refcount)
+			}
 			p.item(r.Cluster, err, o)
 		}
 		p.end()
