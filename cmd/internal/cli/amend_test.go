@@ -2,6 +2,7 @@ package cli_test
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -359,6 +360,93 @@ func TestAmendRefcountBits(t *testing.T) {
 			}
 		}
 	}
+}
+
+// What the guest of a snapshot reads stays what it is: qemu-img takes data of
+// zstd that only a snapshot has for data of zlib afterwards.
+func TestAmendZstdSnapshot(t *testing.T) {
+	oracle.Require(t, "qemu-img", "qemu-io")
+	t.Chdir(t.TempDir())
+	oracle.MustRun(t, "qemu-img", "create", "-q", "-f", "qcow2", "-o", "compression_type=zstd", "x", "1M")
+	oracle.MustRun(t, "qemu-io", "-c", "write -c -P 5 0 64k", "x")
+	oracle.MustRun(t, "qemu-img", "snapshot", "-c", "a", "x")
+	oracle.MustRun(t, "qemu-io", "-c", "write -P 6 0 64k", "x")
+	want := "qemu-img: Cannot downgrade an image with zstd compression type and existing compressed clusters\n"
+	if r := run(t, "amend", "-o", "compat=0.10", "x"); r.Code != 1 || r.Stderr != want {
+		t.Errorf("%+v", r)
+	}
+	oracle.MustRun(t, "qemu-img", "snapshot", "-d", "a", "x")
+	mustRun(t, "amend", "-o", "compat=0.10", "x")
+}
+
+// The state of a machine in a snapshot has to be of less than 4 GiB.
+func TestAmendVMState(t *testing.T) {
+	oracle.Require(t, "qemu-img")
+	tw := newRivals(t)
+	made := filepath.Join(t.TempDir(), "x")
+	oracle.MustRun(t, "qemu-img", "create", "-q", "-f", "qcow2", made, "1M")
+	oracle.MustRun(t, "qemu-img", "snapshot", "-c", "a", made)
+	b, err := os.ReadFile(made)
+	if err != nil {
+		t.Fatal(err)
+	}
+	table := binary.BigEndian.Uint64(b[64:])
+	binary.BigEndian.PutUint64(b[table+40:], 1<<32) // vm_state_size of the extra data
+	if err := os.WriteFile(made, b, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	tw.copy(made)
+	if r := tw.same("amend", "-o", "compat=0.10", "x"); r.Code != 1 {
+		t.Errorf("%+v", r)
+	}
+}
+
+// An image of LUKS over a backing file: its zeroes become encrypted zeroes.
+// qemu-img writes zeroes that are not encrypted.
+func TestAmendEncrypted(t *testing.T) {
+	oracle.Require(t, "qemu-img", "qemu-io")
+	t.Chdir(t.TempDir())
+	secret := []string{"--object", "secret,id=s,data=abc"}
+	opts := "driver=qcow2,file.filename=x,encrypt.key-secret=s"
+	oracle.MustRun(t, "qemu-img", "create", "-q", "-f", "raw", "base", "1M")
+	oracle.MustRun(t, "qemu-io", "-f", "raw", "-c", "write -P 9 0 1M", "base")
+	oracle.MustRun(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", secret[0], secret[1],
+		"-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", "x", "1M")
+	io := func(commands ...string) string {
+		args := append(append([]string{}, secret...), "--image-opts")
+		for _, c := range commands {
+			args = append(args, "-c", c)
+		}
+		r := oracle.Run(t, "qemu-io", append(args, opts)...)
+		return r.Stdout + r.Stderr
+	}
+	io("write -P 3 0 128k", "write -z 64k 192k", "write -z 512k 64k")
+	mustRun(t, "amend", secret[0], secret[1], "--image-opts", "-o", "compat=0.10", opts)
+	if got := io("read -P 3 0 64k", "read -P 0 64k 192k", "read -P 9 256k 256k", "read -P 0 512k 64k", "read -P 9 576k 64k"); strings.Contains(got, "failed") || strings.Count(got, "read ") != 5 {
+		t.Error(got)
+	}
+	oracle.MustRun(t, "qemu-img", "check", secret[0], secret[1], "--image-opts", opts)
+	mustRun(t, "resize", secret[0], secret[1], "--image-opts", opts, "2M")
+	mustRun(t, "amend", secret[0], secret[1], "--image-opts", "-o", "compat=1.1", opts)
+	mustRun(t, "resize", secret[0], secret[1], "--preallocation=metadata", "--image-opts", opts, "3M")
+	if got := io("read -P 9 576k 448k", "read -P 0 1M 2M"); strings.Contains(got, "failed") {
+		t.Error(got)
+	}
+	oracle.MustRun(t, "qemu-img", "check", secret[0], secret[1], "--image-opts", opts)
+}
+
+// A disk of a whole system becomes one of version 2.
+func TestAmendRoot(t *testing.T) {
+	tree := oracle.Input(t, "rootfs")
+	oracle.Require(t, "qemu-img")
+	tw := newRivals(t)
+	made := filepath.Join(t.TempDir(), "root.qcow2")
+	mustRun(t, "build", "-q", "--size", "2G", tree, made)
+	oracle.MustRun(t, "qemu-io", "-c", "write -z 100M 1M", "-c", "write -z 1M 128k", made)
+	oracle.MustRun(t, "qemu-img", "snapshot", "-c", "a", made)
+	tw.copy(made)
+	tw.same("amend", "-p", "-o", "compat=0.10", "root.qcow2")
+	tw.alike("root.qcow2", false)
 }
 
 // A dry run tells what the real one does, and changes nothing.
