@@ -50,10 +50,6 @@ func execute(ctx context.Context, root *cobra.Command, args []string) error {
 	if err != nil {
 		return helped(root, err)
 	}
-	if v, _ := root.Flags().GetBool("version"); v {
-		_, err := fmt.Fprint(root.OutOrStdout(), versionText(root.Name()))
-		return err
-	}
 	if len(args) == 0 {
 		return nil // as qemu-img
 	}
@@ -72,7 +68,8 @@ func newRoot(host Host) *cobra.Command {
 		Short: "qimg makes, inspects, changes and repairs disk images",
 		Long: "qimg makes, inspects, changes and repairs disk images. It needs no root, no mount\n" +
 			"and no other program. All commands but build and dump are used as those of\n" +
-			"qemu-img.",
+			"qemu-img.\n\n" +
+			"Supported formats: file qcow2 raw",
 		SilenceErrors:      true,
 		SilenceUsage:       true,
 		DisableSuggestions: true,
@@ -81,6 +78,7 @@ func newRoot(host Host) *cobra.Command {
 	root.SetOut(host.Out)
 	root.SetErr(host.Err)
 	root.Flags().BoolP("version", "V", false, "print the version")
+	root.Flags().StringP("trace", "T", "", "for qemu-img's sake: nothing is traced")
 	root.InitDefaultHelpFlag()
 	if host.name == "qemu-img" {
 		root.SetHelpTemplate(versionText(host.name) +
@@ -113,7 +111,7 @@ const lastOperand = "last operand"
 // useGetopt has a command's options read by getopt.
 func useGetopt(c *cobra.Command) {
 	run := c.RunE
-	c.DisableFlagParsing = true
+	c.DisableFlagParsing, c.DisableFlagsInUseLine = true, true
 	c.RunE = func(c *cobra.Command, args []string) error {
 		var last []string
 		if c.Annotations[lastOperand] != "" && len(args) > 1 {
@@ -130,10 +128,14 @@ func useGetopt(c *cobra.Command) {
 	}
 }
 
-// helped prints the help of a command if that is what was asked for.
+// helped prints the help of a command, or the version, if that is what was
+// asked for.
 func helped(c *cobra.Command, err error) error {
-	if err == errHelp {
+	switch err {
+	case errHelp:
 		return c.Help()
+	case errVersion:
+		_, err = fmt.Fprint(c.OutOrStdout(), versionText(c.Root().Name()))
 	}
 	return err
 }

@@ -2,6 +2,7 @@ package cli_test
 
 import (
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -56,6 +57,21 @@ func TestCreate(t *testing.T) {
 		"-f qcow2 -b ../base.qcow2 -F qcow2 sub/x",
 		"-f qcow2 -u -b nope -F qcow2 x 1M",
 		"-f qcow2 -u -b a,b -F qcow2 x 1M",
+		"-f qcow2 -u -b base.qcow2 -F vmdk x 1M",
+		"-f qcow2 -b file:base.qcow2 -F qcow2 x",
+		`-f qcow2 -b json:{"driver":"raw","offset":512,"file.filename":"base.raw"} -F raw x`,
+		"-f qcow2 -o backing_file=nope -b base.qcow2 -F qcow2 x",
+		"-f qcow2 -o preallocation=metadata,extended_l2=on,backing_file=base.qcow2,backing_fmt=qcow2 x",
+		"-f qcow2 -o data_file=file:data x 1000",
+		"-f qcow2 -o data_file=data,backing_file=base.qcow2,backing_fmt=qcow2 x",
+		"-f qcow2 -o data_file=data,preallocation=full x 1M",
+		"-f qcow2 -o cluster_size=4k,cluster_size=8k x 1M",
+		"-f qcow2 -o cluster_size=2M x 64T",
+		"-f qcow2 -o size=2M x",
+		"-f qcow2 file:x 1M",
+		"-f qcow2 ./x 1M",
+		"-f file x 1M",
+		"-f file -o preallocation=falloc x 1M",
 	} {
 		args := append([]string{"create"}, strings.Fields(line)...)
 		file := "x"
@@ -67,6 +83,7 @@ func TestCreate(t *testing.T) {
 			t.Fatalf("%s: %s", line, want.Stderr)
 		}
 		wantInfo := oracle.Run(t, "qemu-img", "info", file)
+		wantMap := oracle.Run(t, "qemu-img", "map", "--output=json", file)
 		os.Remove(file)
 		os.Remove("data")
 		if diff := cmp.Diff(want, run(t, args...)); diff != "" {
@@ -77,7 +94,14 @@ func TestCreate(t *testing.T) {
 		if diff := cmp.Diff(withoutDiskSize(wantInfo), withoutDiskSize(gotInfo)); diff != "" {
 			t.Errorf("%s: info: -qemu-img +qimg\n%s", line, diff)
 		}
-		if strings.Contains(line, "qcow2 ") && !strings.Contains(line, "nope") && !strings.Contains(line, "a,b") {
+		// The first block of a raw image is written by QEMU alone, and what is
+		// preallocated lies elsewhere.
+		if strings.Contains(line, "qcow2 ") && (!strings.Contains(line, "preallocation=") || strings.Contains(line, "data_file")) {
+			if diff := cmp.Diff(wantMap, oracle.Run(t, "qemu-img", "map", "--output=json", file)); diff != "" {
+				t.Errorf("%s: map: -qemu-img +qimg\n%s", line, diff)
+			}
+		}
+		if strings.Contains(line, "qcow2 ") && !strings.Contains(line, "-u ") {
 			oracle.MustRun(t, "qemu-img", "check", "-f", "qcow2", file)
 		}
 		os.Remove(file)
@@ -151,6 +175,45 @@ func TestCreateSpace(t *testing.T) {
 			t.Errorf("preallocation=%s: written %v\n%s", c.mode, written, m)
 		}
 		os.Remove("x")
+	}
+}
+
+// TestCreateRefused has qemu-img and qimg refuse the same, and qimg leave no
+// file behind.
+func TestCreateRefused(t *testing.T) {
+	chain(t)
+	before, _ := filepath.Glob("*")
+	for _, line := range []string{
+		`"" 1M`, `-f qcow2 "" 1M`, "sub 1M", "-f qcow2 sub/ 1M", "-f qcow2 -o data_file=sub x 1M", "-f qcow2 -o data_file=nope/d x 1M",
+		"-f raw nope/x 1M", "x -1", "x 1e3", "x 9223372036854775807", "x 9223372036854775808", "-f qcow2 x 9223372036854775807",
+		"-f qcow2 -o size=15E x", "-f qcow2 -o size=16E x", "-f qcow2 -o cluster_size=2M x 4E", "-f qcow2 -o cluster_size=512 x 129G",
+		"-f raw -o preallocation=metadata x 1M", "-f raw -o preallocation= x 1M", "-f raw -o nocow=maybe x 1M", "-f raw -o cluster_size=64k x 1M",
+		"-f qcow2 -b miss -F qcow2 x", "-f qcow2 -b miss2 -F qcow2 x", "-f qcow2 -b badbase -F qcow2 x", "-f qcow2 -b sub -F raw x 1M", "-f qcow2 -b x -F qcow2 x 1M",
+		`-f qcow2 -b "" -F qcow2 x 1M`, `-f qcow2 -b a -F "" x 1M`, "-f qcow2 -b a -F foo x 1M", "-f qcow2 -u -b a -F foo x 1M", "-f qcow2 -b foo:x -F qcow2 x 1M",
+		"-f qcow2 -b json:{ -F qcow2 x 1M", "-f qcow2 -b a x", "-f qcow2 -b hole x", "-f qcow2 -u -b nope -F raw x", "-f qcow2 -o backing_fmt=qcow2 x 1M",
+		"-f qcow2 -o data_file=d,data_file_raw=on,backing_file=a,backing_fmt=qcow2 x", "-f qcow2 -o data_file_raw=on x 1M", "-f qcow2 -o compat=0.10,data_file=d x 1M",
+		"-f qcow2 -o preallocation=metadata,backing_file=a,backing_fmt=qcow2 x", "-f qcow2 -o extended_l2=on,cluster_size=8k x 1M", "-f qcow2 -o a=b, x 1M",
+		`-f qcow2 -o "" x 1M`, `-f "" x 1M`, "-f qcow2 foo:x 1M", "-f qcow2 --object secret,id=x x 1M",
+	} {
+		args := append([]string{"create"}, fields(line)...)
+		want := oracle.Run(t, "qemu-img", args...)
+		for _, left := range []string{"x", "d"} { // QEMU leaves what it began
+			os.Remove(left)
+		}
+		got := run(t, args...)
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s: -qemu-img +qimg\n%s", line, diff)
+		}
+		if got.Code == 0 {
+			t.Errorf("%s: not refused", line)
+		}
+		if after, _ := filepath.Glob("*"); !cmp.Equal(before, after) {
+			t.Fatalf("%s: left behind: %s", line, cmp.Diff(before, after))
+		}
+	}
+	r := run(t, "create", "-f", "qcow2", "-o", "data_file=./x", "x", "1M")
+	if _, err := os.Stat("x"); r.Code != 1 || !strings.Contains(r.Stderr, `Failed to get shared "resize" lock`) || err == nil {
+		t.Errorf("an image that is its own data file: %+v, %v", r, err)
 	}
 }
 

@@ -8,8 +8,11 @@ import (
 	"github.com/spf13/pflag"
 )
 
-// errHelp: the help was asked for.
-var errHelp = errors.New("help was asked for")
+// What was asked for instead of running a command.
+var (
+	errHelp    = errors.New("the help was asked for")
+	errVersion = errors.New("the version was asked for")
+)
 
 // getopt reads a command line as getopt_long of glibc does, whose ways scripts
 // rely on: options and operands in any order up to "--", letters in groups,
@@ -17,8 +20,8 @@ var errHelp = errors.New("help was asked for")
 // of the program or command. It returns the operands.
 //
 // An error is a usage error in the words of qemu-img, which names the argument
-// before the one that comes next; what the value of an option refuses; or
-// errHelp.
+// before the one that comes next; what the value of an option refuses; errHelp
+// or errVersion.
 func getopt(flags *pflag.FlagSet, argv []string, stopAtOperand bool) ([]string, error) {
 	g := scanner{argv: append([]string{}, argv...), next: 1, first: 1, last: 1}
 	for {
@@ -29,8 +32,11 @@ func getopt(flags *pflag.FlagSet, argv []string, stopAtOperand bool) ([]string, 
 		if err != nil {
 			return nil, err
 		}
-		if f.Name == "help" {
+		switch f.Name {
+		case "help":
 			return nil, errHelp
+		case "version":
+			return nil, errVersion
 		}
 		if err := f.Value.Set(value); err != nil {
 			if number := (*strconv.NumError)(nil); errors.As(err, &number) {

@@ -51,6 +51,9 @@ type image struct {
 	// probed: the format was found by the first bytes, which a guest can write.
 	probed bool
 	file   *blockdev.File
+	// inUse is the error of its lock if another process writes to it: only a raw
+	// image is then read.
+	inUse error
 	// dev is what the format lies in, or the disk itself if it is raw. It is a
 	// blockdev.Device if the image was opened for writing.
 	dev     blockdev.Reader

@@ -18,7 +18,9 @@ import (
 // backing and data files that the options name in place of the image.
 type opening struct {
 	*openOptions
-	write, forceShare bool // of the part that is opened, and of those below it
+	// Of the part that is opened, and of those below it. direct is cache.direct,
+	// which changes nothing else.
+	write, forceShare, direct bool
 }
 
 // open opens one part. name is nil where the options alone say what it is.
@@ -49,9 +51,10 @@ func (o *opening) open(name *string, opts blockOptions, below bool) (*image, err
 	if below {
 		return o.openFile(name, opts, given)
 	}
-	if v := opts["read-only"]; v == "on" || v == true {
+	if isOn(opts["read-only"]) {
 		o.write = false
 	}
+	o.direct = o.direct || isOn(opts["cache.direct"])
 	backing, withBacking := opts["backing"]
 	if withBacking && backing == "" {
 		o.host.warn(`Use of "backing": "" is deprecated; use "backing": null instead`)
@@ -71,6 +74,9 @@ func (o *opening) open(name *string, opts blockOptions, below bool) (*image, err
 	}
 	return img, err
 }
+
+// isOn reports whether an option is on before it is checked.
+func isOn(v any) bool { return v == "on" || v == true }
 
 // openChild opens the file of a format, nil if none is named.
 func (o *opening) openChild(name *string, opts blockOptions) (*image, error) {
@@ -109,10 +115,13 @@ func (o *opening) openFormat(format string, file *image, opts blockOptions, noBa
 	if err := o.commonOptions(opts); err != nil {
 		return nil, err
 	}
+	if file != nil && file.inUse != nil && img.format != "raw" {
+		return nil, file.inUse
+	}
 	if file == nil {
 		return nil, messagef(`A block device must be specified for "file"`)
 	}
-	img.file, img.dev = file.file, file.reader()
+	img.file, img.dev, img.inUse = file.file, file.reader(), file.inUse
 	img.closers = append(img.closers, file.closers...)
 	open := o.openQcow2
 	if img.format == "raw" {
@@ -402,10 +411,10 @@ func (o *opening) openFile(name *string, opts blockOptions, given bool) (*image,
 	if _, ok := opts.str("filename"); !ok && !given {
 		return nil, messagef("Must specify either driver or file")
 	}
-	write := o.write
-	if v := opts["read-only"]; v == "on" || v == true {
-		o.write, write = false, false
+	if isOn(opts["read-only"]) {
+		o.write = false
 	}
+	direct := o.direct || isOn(opts["cache.direct"])
 	if err := o.commonOptions(opts); err != nil {
 		return nil, err
 	}
@@ -420,8 +429,11 @@ func (o *opening) openFile(name *string, opts blockOptions, given bool) (*image,
 	if err != nil {
 		return nil, err
 	}
-	if v := l.str("aio"); l.has("aio") && v != "threads" && v != "native" && v != "io_uring" {
-		return nil, messagef("invalid parameter value: %s", v)
+	switch aio := l.str("aio"); {
+	case l.has("aio") && aio != "threads" && aio != "native" && aio != "io_uring":
+		return nil, messagef("invalid parameter value: %s", aio)
+	case aio == "native" && !direct:
+		return nil, messagef("aio=native was specified, but it requires cache.direct=on, which was not specified.")
 	}
 	locking := l.str("locking")
 	if l.has("locking") && locking != "on" && locking != "off" && locking != "auto" {
@@ -430,7 +442,15 @@ func (o *opening) openFile(name *string, opts blockOptions, given bool) (*image,
 	if l.has("pr-manager") {
 		return nil, messagef("No persistent reservation manager with id '%s'", l.str("pr-manager"))
 	}
-	f, err := blockdev.OpenFile(path, &blockdev.FileOptions{Write: write, ForceShare: o.forceShare, NoLock: locking == "off"})
+	fo := &blockdev.FileOptions{Write: o.write, ForceShare: o.forceShare, NoLock: locking == "off"}
+	f, err := blockdev.OpenFile(path, fo)
+	var inUse error
+	if errors.Is(err, blockdev.ErrLocked) && !o.write {
+		// Of a raw image QEMU reads what others write.
+		inUse = openError(path, err)
+		fo.ForceShare = true
+		f, err = blockdev.OpenFile(path, fo)
+	}
 	if err != nil {
 		return nil, openError(path, err)
 	}
@@ -438,7 +458,7 @@ func (o *opening) openFile(name *string, opts blockOptions, given bool) (*image,
 		f.Close()
 		return nil, messagef("Block protocol 'file' doesn't support the option '%s'", names[0])
 	}
-	return &image{name: path, format: "file", file: f, dev: f, closers: []io.Closer{f},
+	return &image{name: path, format: "file", file: f, dev: f, inUse: inUse, closers: []io.Closer{f},
 		options: object{{"driver", "file"}, {"filename", path}}}, nil
 }
 
