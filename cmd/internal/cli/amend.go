@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -21,6 +22,8 @@ type amendOptions struct {
 	force       bool
 	dryRun      bool
 	keepBitmaps bool
+	// keySlots, if set, changes the key slots of an encrypted image.
+	keySlots func(context.Context) error
 }
 
 func newAmend(host Host) *cobra.Command {
@@ -83,7 +86,18 @@ func runAmend(ctx context.Context, host Host, o *amendOptions, args []string) er
 	}
 	p.print(0)
 	ao.Progress = func(done, total int64) { p.print(100 * float32(done) / float32(total)) }
-	result, err := img.qcow2.Amend(ctx, ao)
+	if o.keySlots != nil {
+		// Nothing is changed if the rest is refused.
+		check := *ao
+		check.DryRun, check.Progress = true, nil
+		if _, err = img.qcow2.Amend(ctx, &check); err == nil {
+			err = o.keySlots(ctx)
+		}
+	}
+	var result qcow2.AmendResult
+	if err == nil {
+		result, err = img.qcow2.Amend(ctx, ao)
+	}
 	p.print(100)
 	switch {
 	case err == qcow2.ErrAmendBacking:
@@ -138,11 +152,11 @@ func (o *amendOptions) amend(list string, img *image) (*qcow2.AmendOptions, erro
 		return nil, err
 	}
 	ao := &qcow2.AmendOptions{KeepBitmaps: o.keepBitmaps, DryRun: o.dryRun, Size: int64(l.uint("size"))}
-	if err := o.encryption(l, img); err != nil {
+	var err error
+	if o.keySlots, err = o.encryption(l, img.qcow2); err != nil {
 		return nil, err
 	}
 	if l.has("compat") {
-		var err error
 		if ao.Version, err = parseCompat(l.str("compat")); err != nil {
 			return nil, messagef("Unknown compatibility level %s", l.str("compat"))
 		}
@@ -173,22 +187,57 @@ func (o *amendOptions) amend(list string, img *image) (*qcow2.AmendOptions, erro
 	return ao, nil
 }
 
-// encryption deals with the options of encrypted images.
-func (o *amendOptions) encryption(l *optionList, img *image) error {
+// encryption turns encrypt.* into a change of the key slots of an image, nil if
+// none is asked for.
+func (o *amendOptions) encryption(l *optionList, im *qcow2.Image) (func(context.Context) error, error) {
 	given := false
 	for _, d := range l.descs {
 		given = given || strings.HasPrefix(d.name, "encrypt.") && l.has(d.name)
 	}
 	if !given {
-		return nil
+		return nil, nil
 	}
-	switch m := img.qcow2.Header().CryptMethod; m {
+	switch im.Header().CryptMethod {
 	case qcow2.CryptNone:
-		return messagef("Can't amend encryption options - encryption not present")
-	case qcow2.CryptLUKS:
-		return messagef("The key slots of an encrypted image cannot be changed")
+		return nil, messagef("Can't amend encryption options - encryption not present")
+	case qcow2.CryptAES:
+		return nil, messagef("Only LUKS encryption options can be amended")
 	}
-	return messagef("Only LUKS encryption options can be amended")
+	state := l.str("encrypt.state")
+	active := state == "active"
+	switch {
+	case !l.has("encrypt.state"):
+		return nil, messagef("Parameter 'state' is missing")
+	case !active && state != "inactive":
+		return nil, notAccepted("state", state)
+	case active && !l.has("encrypt.new-secret"):
+		return nil, messagef("'new-secret' is required to activate a keyslot")
+	case active && l.has("encrypt.old-secret"):
+		return nil, messagef("'old-secret' must not be given when activating keyslots")
+	case !active && l.has("encrypt.new-secret"):
+		return nil, messagef("'new-secret' must not be given when erasing keyslots")
+	case !active && l.has("encrypt.iter-time"):
+		return nil, messagef("'iter-time' must not be given when erasing keyslots")
+	case o.dryRun:
+		return nil, messagef("--dry-run does not tell what becomes of key slots")
+	}
+	ko := &qcow2.KeySlotOptions{Force: o.force, IterTime: iterTime(l)}
+	if l.has("encrypt.keyslot") {
+		slot := int(int32(min(l.uint("encrypt.keyslot"), math.MaxInt32)))
+		ko.Slot = &slot
+	}
+	change, name := im.AddPassphrase, "encrypt.new-secret"
+	if !active {
+		change, name = im.ErasePassphrase, "encrypt.old-secret"
+	}
+	var passphrase []byte
+	if l.has(name) {
+		var err error
+		if passphrase, err = o.open.secrets.passphrase(l.str(name)); err != nil {
+			return nil, err
+		}
+	}
+	return func(ctx context.Context) error { return change(ctx, passphrase, ko) }, nil
 }
 
 // resizeError puts an error of a change of an image in qemu-img's words.

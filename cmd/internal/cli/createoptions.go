@@ -70,10 +70,7 @@ func encryptOptions(l *optionList, s *secrets) (o qcow2.EncryptOptions, err erro
 			return o, notAccepted(x.name, "") // what is empty is the default
 		}
 	}
-	if l.has("encrypt.iter-time") {
-		ms := min(l.uint("encrypt.iter-time"), math.MaxInt64/uint64(time.Millisecond))
-		o.IterTime = max(time.Duration(ms)*time.Millisecond, 1) // 0 is no default here
-	}
+	o.IterTime = iterTime(l)
 	if o.Method == qcow2.CryptNone && !l.has("encrypt.key-secret") {
 		return o, nil
 	}
@@ -83,6 +80,15 @@ func encryptOptions(l *optionList, s *secrets) (o qcow2.EncryptOptions, err erro
 	}
 	o.Passphrase, err = s.passphrase(l.str("encrypt.key-secret"))
 	return o, err
+}
+
+// iterTime returns encrypt.iter-time, 0 if it was not given.
+func iterTime(l *optionList) time.Duration {
+	if !l.has("encrypt.iter-time") {
+		return 0
+	}
+	ms := min(l.uint("encrypt.iter-time"), math.MaxInt64/uint64(time.Millisecond))
+	return max(time.Duration(ms)*time.Millisecond, 1) // 0 is not the default here
 }
 
 // clusterSize checks what qcow2.FormatOptions would take for its default, or

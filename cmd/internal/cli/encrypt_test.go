@@ -130,3 +130,66 @@ func TestEncryptErrors(t *testing.T) {
 		same(t, strings.Fields(line)...)
 	}
 }
+
+// TestAmendPassphrases changes the passphrases of an image with qemu-img and
+// with qimg, which refuse the same.
+func TestAmendPassphrases(t *testing.T) {
+	oracle.Require(t, "qemu-img")
+	t.Chdir(t.TempDir())
+	secrets := strings.Fields("--object secret,id=s,data=abc --object secret,id=n,data=new --object secret,id=w,data=wrong")
+	image := func(secret, file string) []string {
+		return append(secrets, "--image-opts", "driver=qcow2,encrypt.key-secret="+secret+",file.filename="+file)
+	}
+	mustRun(t, append(append([]string{"create", "-q", "-f", "qcow2"}, secrets...), "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=1", "luks", "1M")...)
+	mustRun(t, append(append([]string{"create", "-q", "-f", "qcow2"}, secrets...), "-o", "encryption=on,encrypt.key-secret=s", "aes", "1M")...)
+	mustRun(t, "create", "-q", "-f", "qcow2", "plain", "1M")
+	amend := func(file, options string) []string {
+		return append(append([]string{"amend"}, image("s", file)...), "-o", options)
+	}
+	for _, options := range []string{
+		"encrypt.new-secret=n",
+		"encrypt.keyslot=1",
+		"encrypt.state=foo",
+		"encrypt.state=active",
+		"encrypt.state=active,encrypt.new-secret=nope",
+		"encrypt.state=active,encrypt.new-secret=n,encrypt.old-secret=s",
+		"encrypt.state=active,encrypt.new-secret=n,encrypt.keyslot=0",
+		"encrypt.state=active,encrypt.new-secret=n,encrypt.keyslot=8",
+		"encrypt.state=active,encrypt.new-secret=n,encrypt.keyslot=x",
+		"encrypt.state=inactive",
+		"encrypt.state=inactive,encrypt.keyslot=0",
+		"encrypt.state=inactive,encrypt.keyslot=1",
+		"encrypt.state=inactive,encrypt.keyslot=9",
+		"encrypt.state=inactive,encrypt.old-secret=w",
+		"encrypt.state=inactive,encrypt.old-secret=s",
+		"encrypt.state=inactive,encrypt.old-secret=s,encrypt.new-secret=n",
+		"encrypt.state=inactive,encrypt.old-secret=s,encrypt.iter-time=10",
+		"encrypt.state=inactive,encrypt.keyslot=0,encrypt.old-secret=w",
+		"encrypt.state=inactive,encrypt.keyslot=1,encrypt.old-secret=w",
+	} {
+		same(t, amend("luks", options)...)
+	}
+	same(t, amend("aes", "encrypt.state=active,encrypt.new-secret=n")...)
+	same(t, append(append([]string{"amend"}, secrets...), "-o", "encrypt.state=active,encrypt.new-secret=n", "plain")...)
+
+	opens := func(secret string) bool {
+		args := append([]string{"map"}, image(secret, "luks")...)
+		r := oracle.Run(t, "qemu-img", args...)
+		if diff := cmp.Diff(r, run(t, args...)); diff != "" {
+			t.Errorf("%s: -qemu-img +qimg\n%s", secret, diff)
+		}
+		return r.Code == 0
+	}
+	// Not if something else is refused.
+	if r := run(t, amend("luks", "encrypt.state=active,encrypt.new-secret=n,encrypt.iter-time=1,refcount_bits=3")...); r.Code == 0 || opens("n") {
+		t.Errorf("%+v, or the passphrase was added", r)
+	}
+	mustRun(t, amend("luks", "encrypt.state=active,encrypt.new-secret=n,encrypt.iter-time=1,lazy_refcounts=on")...)
+	if !opens("s") || !opens("n") || !strings.Contains(mustRun(t, "info", "luks"), "lazy refcounts: true") {
+		t.Error("the passphrase was not added, or lazy_refcounts not set")
+	}
+	mustRun(t, amend("luks", "encrypt.state=inactive,encrypt.old-secret=s")...)
+	if opens("s") || !opens("n") {
+		t.Error("the passphrase was not erased")
+	}
+}
