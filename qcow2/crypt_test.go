@@ -486,3 +486,104 @@ func TestReadEncryptedTogether(t *testing.T) {
 		wg.Wait()
 	}
 }
+
+// TestChangeEncrypted: operations on the metadata of encrypted images keep what
+// the disk reads as, here and in QEMU.
+func TestChangeEncrypted(t *testing.T) {
+	oracle.Require(t, "qemu-img")
+	for i, o := range []qcow2.CreateOptions{
+		{FormatOptions: qcow2.FormatOptions{ClusterSize: 4096, BackingFile: "base", BackingFormat: "raw"}},
+		{FormatOptions: qcow2.FormatOptions{ClusterSize: 16384, ExtendedL2: true, BackingFile: "base", BackingFormat: "raw"}},
+		{FormatOptions: qcow2.FormatOptions{ClusterSize: 4096, Version: 2}},
+		{FormatOptions: qcow2.FormatOptions{ClusterSize: 4096}, DataFile: "data"},
+		{FormatOptions: qcow2.FormatOptions{ClusterSize: 4096}, DataFile: "data", DataFileRaw: true},
+	} {
+		for _, m := range []qcow2.CryptMethod{qcow2.CryptLUKS, qcow2.CryptAES} {
+			t.Run(fmt.Sprintf("%d %s", i, m), func(t *testing.T) {
+				o, dir := o, t.TempDir()
+				name := filepath.Join(dir, "a.qcow2")
+				want := make([]byte, 500<<10+512)
+				if o.BackingFile != "" {
+					rand.NewChaCha8([32]byte{1}).Read(want[:300<<10])
+					o.BackingFile = filepath.Join(dir, "base")
+					write(t, o.BackingFile, want[:300<<10])
+				}
+				createEncrypted(t, name, int64(len(want)), m, "abc", o)
+				opts := unlocked("abc")
+				opts.Write = true
+				im, err := qcow2.Open(name, opts)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer im.Close()
+				r := rand.New(rand.NewPCG(uint64(i), 1))
+				step := func(what string, err error) {
+					t.Helper()
+					if err != nil {
+						t.Fatalf("%s: %v", what, err)
+					}
+					if !bytes.Equal(mustRead(t, im), want) {
+						t.Fatalf("%s: something else is read", what)
+					}
+				}
+				for range 20 {
+					step(change(r, im, want, 50000))
+				}
+				if o.DataFile == "" {
+					state := make([]byte, 70000)
+					rand.NewChaCha8([32]byte{2}).Read(state)
+					before := bytes.Clone(want)
+					_, err := im.CreateSnapshot(t.Context(), "s", &qcow2.SnapshotOptions{VMState: bytes.NewReader(state)})
+					step("create snapshot", err)
+					for range 10 {
+						step(change(r, im, want, 50000))
+					}
+					step("sync", im.Sync())
+					so := unlocked("abc")
+					so.Snapshot, so.ForceShare = "s", true
+					sn, err := qcow2.Open(name, so)
+					if err != nil {
+						t.Fatal(err)
+					}
+					vm, err := sn.VMState()
+					if err != nil {
+						t.Fatal(err)
+					}
+					if !bytes.Equal(mustRead(t, sn), before) || !bytes.Equal(mustRead(t, vm), state) {
+						t.Error("the snapshot holds something else")
+					}
+					sn.Close()
+					want = bytes.Clone(before)
+					step("apply snapshot", im.ApplySnapshot(t.Context(), "s"))
+					step("delete snapshot", im.DeleteSnapshot(t.Context(), "s"))
+				}
+				if o.BackingFile == "" || o.ExtendedL2 {
+					want = append(want, make([]byte, 100<<10)...)
+					step("grow with preallocation", im.Resize(t.Context(), int64(len(want)), &qcow2.ResizeOptions{Preallocation: qcow2.PreallocationMetadata}))
+				}
+				if o.DataFile != "" {
+					want = append(want, make([]byte, 10<<10+512)...)
+					step("grow with full preallocation", im.Resize(t.Context(), int64(len(want)), &qcow2.ResizeOptions{Preallocation: qcow2.PreallocationFull}))
+				}
+				want = append(want, make([]byte, 100<<10)...)
+				step("grow", im.Resize(t.Context(), int64(len(want)), nil))
+				want = want[:len(want)-50<<10-512]
+				step("shrink", im.Resize(t.Context(), int64(len(want)), &qcow2.ResizeOptions{Shrink: true}))
+				if !o.ExtendedL2 && o.DataFile == "" {
+					_, err := im.Amend(t.Context(), &qcow2.AmendOptions{Version: 2})
+					step("version 2", err)
+				}
+				for range 10 {
+					step(change(r, im, want, 50000))
+				}
+				if err := im.Close(); err != nil {
+					t.Fatal(err)
+				}
+				if !bytes.Equal(readAll(t, name, "abc"), want) || !bytes.Equal(rawCopy(t, name, "abc"), want) {
+					t.Error("the image reads as something else")
+				}
+				oracle.MustRun(t, "qemu-img", append([]string{"check"}, secretArgs(name, "abc")...)...)
+			})
+		}
+	}
+}

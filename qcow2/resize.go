@@ -206,6 +206,13 @@ func (t *txn) grow(old, size int64, o *ResizeOptions) error {
 	if im.rawData() {
 		prealloc = max(prealloc, PreallocationMetadata) // the data file is all that is read
 	}
+	var was int64 // size of the data file
+	if g.dataFile {
+		was = im.w.data.Size()
+		if err := sizeDataFile(im.w.data, max(size, was)); err != nil {
+			return im.fail(err)
+		}
+	}
 	if size > old && g.inCluster(uint64(old)) != 0 {
 		if err := t.clearTail(old, prealloc != PreallocationOff); err != nil {
 			return err
@@ -213,16 +220,16 @@ func (t *txn) grow(old, size int64, o *ResizeOptions) error {
 	}
 	from, to := g.clusters(old)<<g.clusterBits, g.clusters(size)<<g.clusterBits
 	if g.dataFile {
-		was := im.w.data.Size()
-		if err := sizeDataFile(im.w.data, max(size, was)); err != nil {
-			return im.fail(err)
+		start := old
+		if im.header.CryptMethod != CryptNone {
+			start = min(from, size) // what clearTail has written are no zeroes
 		}
-		if n := min(size, was) - old; n > 0 {
-			if err := blockdev.WriteZeroes(im.w.data, old, n); err != nil {
+		if n := min(size, was) - start; n > 0 {
+			if err := blockdev.WriteZeroes(im.w.data, start, n); err != nil {
 				return im.fail(err)
 			}
 		}
-		if err := setAside(t.ctx, im.w.data, old, size-old, prealloc, o.Progress); err != nil {
+		if err := setAside(t.ctx, im.w.data, start, size-start, prealloc, o.Progress); err != nil {
 			return im.fail(err)
 		}
 		if err := blockdev.Sync(im.w.data); err != nil {
@@ -275,19 +282,20 @@ func (t *txn) preallocate(entries []byte, guest int64, backed bool, prealloc Pre
 	if backed {
 		bitmap = subclusterAllocMask
 	}
+	if im.header.CryptMethod != CryptNone && t.header.Version >= 3 {
+		// What is written is not what is read.
+		flag, bitmap = oflagZero, zeroSubclusters
+	}
 	host := guest
 	if !g.dataFile {
 		var err error
 		if host, err = t.alloc(n << g.clusterBits); err != nil {
 			return err
 		}
-		if im.header.CryptMethod == CryptNone || t.header.Version < 3 {
+		if flag == 0 {
 			if err := t.zero(guest, host, n<<g.clusterBits); err != nil {
 				return err
 			}
-		} else {
-			// What is written is not what is read.
-			flag, bitmap = oflagZero, zeroSubclusters
 		}
 		if im.header.CryptMethod == CryptNone || flag != 0 {
 			if err := setAside(t.ctx, im.w.dev, host, n<<g.clusterBits, prealloc, progress); err != nil {
