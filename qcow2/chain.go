@@ -7,7 +7,7 @@ import (
 )
 
 // copyBuffer is how much guest data is read and written at once, in bytes.
-const copyBuffer = 2 << 20
+const copyBuffer = 1 << 20
 
 // overlayOf returns the image whose backing file base is, and the depth of
 // base; nil if base is not below im. If base is nil that is im itself.

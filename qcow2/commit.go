@@ -76,18 +76,26 @@ func (im *Image) Commit(ctx context.Context, opts *CommitOptions) error {
 
 // commit is a Commit that goes on.
 type commit struct {
-	im    *Image
-	base  blockdev.Device
-	depth int // of base
-	opts  *CommitOptions
-	ctx   context.Context
-
+	im      *Image
+	base    blockdev.Device
+	depth   int // of base
+	opts    *CommitOptions
+	ctx     context.Context
 	start   time.Time
 	written int64
-	buf     []byte
 }
 
-// run writes what lies above the base into it, and syncs.
+// piece is a run of the disk: what a layer above the base holds (runData), where
+// one reads as zeroes (runZero), or where none has anything (runUnallocated).
+type piece struct {
+	off, n int64
+	kind   runKind
+	b      []byte // of runData, n bytes
+	err    error
+}
+
+// run writes what lies above the base into it, and syncs. What is written next
+// is read meanwhile.
 func (c *commit) run(probed bool) error {
 	if probed {
 		if err := c.checkProbe(); err != nil {
@@ -99,23 +107,112 @@ func (c *commit) run(probed bool) error {
 			return err
 		}
 	}
+	ctx, cancel := context.WithCancel(c.ctx)
+	pieces, free := make(chan piece), make(chan []byte, 2)
+	free <- make([]byte, copyBuffer)
+	free <- make([]byte, copyBuffer)
+	go c.read(ctx, pieces, free)
+	defer func() {
+		cancel()
+		for range pieces {
+		}
+	}()
+	for p := range pieces {
+		if p.err != nil {
+			return p.err
+		}
+		if err := c.put(p); err != nil {
+			return err
+		}
+		if p.b != nil {
+			free <- p.b[:cap(p.b)]
+		}
+		if c.opts.Progress != nil {
+			c.opts.Progress(p.off+p.n, c.im.size)
+		}
+	}
+	if err := c.ctx.Err(); err != nil {
+		return err
+	}
+	return blockdev.Sync(c.base)
+}
+
+// read reads what lies above the base, piece by piece, with buffers from free.
+func (c *commit) read(ctx context.Context, pieces chan<- piece, free <-chan []byte) {
+	defer close(pieces)
 	for off := int64(0); off < c.im.size; {
-		e, err := c.next(off)
+		p := c.next(off)
+		if p.err == nil && p.kind == runData {
+			select {
+			case b := <-free:
+				p.b = b[:p.n]
+			case <-ctx.Done():
+				return
+			}
+			p.err = c.im.readGuest(p.b, off)
+		}
+		select {
+		case pieces <- p:
+		case <-ctx.Done():
+			return
+		}
+		if p.err != nil {
+			return
+		}
+		off += p.n
+	}
+}
+
+// next returns a run from off on. One of data fits into a buffer.
+func (c *commit) next(off int64) piece {
+	p := piece{off: off}
+	for off < c.im.size && (p.kind != runData || p.n < copyBuffer) {
+		kind, n, err := c.look(off)
 		if err == nil {
 			err = c.ctx.Err()
 		}
-		if err == nil {
-			err = c.copy(e)
-		}
 		if err != nil {
-			return err
+			p.err = err
+			return p
 		}
-		off += e.Len
-		if c.opts.Progress != nil {
-			c.opts.Progress(off, c.im.size)
+		if p.n > 0 && kind != p.kind {
+			break
 		}
+		p.kind = kind
+		p.n += n
+		off += n
 	}
-	return blockdev.Sync(c.base)
+	if p.kind == runData && p.n > copyBuffer {
+		// Up to a round offset, so that clusters of the base stay whole.
+		p.n = (p.off+copyBuffer)&^(copyBuffer-1) - p.off
+	}
+	return p
+}
+
+// look tells what the layers above the base have in the first n bytes from off
+// on.
+func (c *commit) look(off int64) (kind runKind, n int64, err error) {
+	im, n := c.im, c.im.size-off
+	for depth := 1; ; depth++ {
+		r, err := im.lookup(off, n)
+		if err != nil {
+			return 0, 0, err
+		}
+		n = r.n
+		switch {
+		case r.kind == runZero:
+			return runZero, n, nil
+		case r.kind != runUnallocated:
+			return runData, n, nil
+		case depth == c.depth:
+			return runUnallocated, n, nil
+		}
+		below := im.backing.(*Image) // the base is further down
+		if off >= below.size {
+			return runZero, n, nil
+		}
+		im, n = below, min(n, below.size-off)
+	}
 }
 
 // checkProbe refuses data that would make a raw base, whose format was found by
@@ -124,8 +221,8 @@ func (c *commit) checkProbe() error {
 	if c.im.size == 0 {
 		return nil
 	}
-	e, err := c.im.nextExtent(0)
-	if err != nil || !c.above(e) {
+	kind, _, err := c.look(0)
+	if err != nil || kind == runUnallocated {
 		return err
 	}
 	format, err := Probe(guestReader{c.im})
@@ -144,74 +241,23 @@ func (r guestReader) ReadAt(p []byte, off int64) (int, error) {
 	return len(p), r.im.readGuest(p[:n], off)
 }
 
-// above reports whether a layer above the base decides about an extent.
-func (c *commit) above(e blockdev.Extent) bool {
-	if e.Kind == blockdev.Unallocated {
-		// The image below the one that has nothing is too short.
-		return e.Depth < c.depth-1
-	}
-	return e.Depth < c.depth
-}
-
-// next returns a run from off on of which all is read, or all is zero, or
-// nothing lies above the base: Data, Zero or Unallocated. What is read fits
-// into the buffer.
-func (c *commit) next(off int64) (blockdev.Extent, error) {
-	var run blockdev.Extent
-	for at := off; at < c.im.size; {
-		e, err := c.im.nextExtent(at)
-		if err != nil {
-			return run, err
-		}
-		kind := blockdev.Data
-		switch {
-		case !c.above(e):
-			kind = blockdev.Unallocated
-		case e.Kind.ReadsZero():
-			kind = blockdev.Zero
-		}
-		if at == off {
-			run = blockdev.Extent{Off: off, Kind: kind}
-		} else if kind != run.Kind {
-			break
-		}
-		run.Len += e.Len
-		at += e.Len
-		if kind != blockdev.Data {
-			break
-		}
-		if run.Len >= copyBuffer {
-			// Up to a round offset, so that clusters of the base stay whole.
-			run.Len = (off+copyBuffer)&^(copyBuffer-1) - off
-			break
-		}
-	}
-	return run, nil
-}
-
-func (c *commit) copy(e blockdev.Extent) error {
-	switch e.Kind {
-	case blockdev.Unallocated:
+// put writes a piece into the base.
+func (c *commit) put(p piece) error {
+	switch p.kind {
+	case runUnallocated:
 		return nil
-	case blockdev.Zero:
-		return zeroDisk(c.base, e.Off, min(e.Len, c.base.Size()-e.Off))
+	case runZero:
+		return zeroDisk(c.base, p.off, min(p.n, c.base.Size()-p.off))
 	}
-	if c.buf == nil {
-		c.buf = make([]byte, copyBuffer)
-	}
-	b := c.buf[:e.Len]
-	if err := c.im.readGuest(b, e.Off); err != nil {
-		return err
-	}
-	if end := e.Off + e.Len; end > c.base.Size() { // in the last sector
+	if end := p.off + p.n; end > c.base.Size() { // in the last sector
 		if err := growDisk(c.ctx, c.base, end); err != nil {
 			return err
 		}
 	}
-	if _, err := c.base.WriteAt(b, e.Off); err != nil {
+	if _, err := c.base.WriteAt(p.b, p.off); err != nil {
 		return err
 	}
-	c.written += e.Len
+	c.written += p.n
 	return c.throttle()
 }
 

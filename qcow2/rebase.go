@@ -235,10 +235,13 @@ func (r *rebase) compare(off, n int64) error {
 	}
 	old, now := r.oldBuf[:n], r.newBuf[:n]
 	zero := off >= r.oldSize
-	if err := readBacking(r.old, old, off); err != nil {
-		return r.im.inBacking(err)
+	read := make(chan error)
+	go func() { read <- readBacking(r.new, now, off) }()
+	err := r.im.inBacking(readBacking(r.old, old, off))
+	if err2 := <-read; err == nil {
+		err = err2
 	}
-	if err := readBacking(r.new, now, off); err != nil {
+	if err != nil {
 		return err
 	}
 	block := int64(1) << r.im.geo.subBits
