@@ -16,8 +16,8 @@ import (
 	"qimg/qcow2/blockdev/blocktest"
 )
 
-// A long run looks at every sequence of two operations, and at more states of
-// each: hours in place of seconds.
+// A long run looks at every sequence of two operations, and at all states of
+// single ones: an hour or two in place of seconds.
 var crashLong = flag.Bool("crash.long", false, "look at all crash states that there are tests for")
 
 // variant is a kind of image that is written to.
@@ -298,17 +298,17 @@ func wholeOps(v variant) []crashOp {
 // TestCrashSequences looks at what a crash leaves of every operation, and of
 // sequences of two, with and without a sync between them, on every variant.
 func TestCrashSequences(t *testing.T) {
-	opts := &blocktest.CrashOptions{Subsets: 16, Tears: 2}
-	share := 100 // of the sequences one in so many is run
+	one := &blocktest.CrashOptions{Subsets: 16, Tears: 2}
+	two, share := one, 100 // of the sequences one in so many is run
 	if *crashLong {
-		opts, share = nil, 1
+		one, two, share = nil, &blocktest.CrashOptions{Subsets: 32, Tears: 2}, 1
 	}
 	states := 0
 	for vi, v := range variants() {
 		t.Run(v.name, func(t *testing.T) {
 			f := newFixture(t, v)
 			ops := append(guestOps(), wholeOps(v)...)
-			run := func(name string, steps func(tr *qcow2.Trial)) {
+			run := func(name string, opts *blocktest.CrashOptions, steps func(tr *qcow2.Trial)) {
 				t.Run(name, func(t *testing.T) {
 					tr := f.trial(t)
 					steps(tr)
@@ -318,14 +318,14 @@ func TestCrashSequences(t *testing.T) {
 			n := vi
 			for _, a := range ops {
 				if n++; n%4 == 0 || *crashLong {
-					run(a.name, func(tr *qcow2.Trial) { a.run(tr, f.c, 1); tr.Sync() })
+					run(a.name, one, func(tr *qcow2.Trial) { a.run(tr, f.c, 1); tr.Sync() })
 				}
 				for _, b := range ops {
 					for _, sync := range []bool{false, true} {
 						if n++; n%share != 0 {
 							continue
 						}
-						run(fmt.Sprintf("%s, %s, sync %v", a.name, b.name, sync), func(tr *qcow2.Trial) {
+						run(fmt.Sprintf("%s, %s, sync %v", a.name, b.name, sync), two, func(tr *qcow2.Trial) {
 							a.run(tr, f.c, 1)
 							if sync {
 								tr.Sync()
