@@ -162,16 +162,6 @@ func (a *allocator) writeBlocks() error {
 	return nil
 }
 
-// dirty reports whether a block has to be written.
-func (a *allocator) dirty() bool {
-	for _, b := range a.blocks {
-		if b.lo != b.hi {
-			return true
-		}
-	}
-	return a.tableLo != a.tableHi
-}
-
 // writeTable writes the table entries that are not on disk yet, and nothing
 // else: the blocks are there.
 func (a *allocator) writeTable() error {

@@ -18,11 +18,13 @@ type guestModel struct {
 	t    *testing.T
 	rand *rand.Rand
 	dev  *blockdev.Memory
-	data *blockdev.Memory // of the backing file; nil without
 	open qcow2.OpenOptions
 	im   *qcow2.Image
 	want []byte
 	c    int64 // cluster size
+	// snapshots are what they hold, by name; at most as many as can be counted.
+	snapshots map[string][]byte
+	most      int
 }
 
 // span returns a range of the guest: small or of several clusters, aligned or not.
@@ -64,7 +66,7 @@ func (m *guestModel) step() {
 	m.t.Helper()
 	off, n := m.span()
 	p := m.want[off : off+n]
-	switch k := m.rand.IntN(10); k {
+	switch m.rand.IntN(11) {
 	case 0, 1, 2, 3:
 		if m.rand.IntN(5) == 0 {
 			clear(p)
@@ -108,6 +110,32 @@ func (m *guestModel) step() {
 		if !bytes.Equal(got, p) {
 			m.t.Fatalf("read %d+%d differs", off, n)
 		}
+	case 10:
+		if m.most > 0 {
+			m.snapshot()
+		}
+	}
+}
+
+// snapshot makes, applies or deletes a snapshot.
+func (m *guestModel) snapshot() {
+	m.t.Helper()
+	ctx, name := m.t.Context(), fmt.Sprintf("s%d", m.rand.IntN(m.most))
+	content, exists := m.snapshots[name]
+	var err error
+	switch {
+	case !exists:
+		_, err = m.im.CreateSnapshot(ctx, name, nil)
+		m.snapshots[name] = bytes.Clone(m.want)
+	case m.rand.IntN(2) == 0:
+		err = m.im.ApplySnapshot(ctx, name)
+		m.want = bytes.Clone(content)
+	default:
+		err = m.im.DeleteSnapshot(ctx, name)
+		delete(m.snapshots, name)
+	}
+	if err != nil {
+		m.t.Fatalf("snapshot %s, there %v: %v", name, exists, err)
 	}
 }
 
@@ -129,6 +157,18 @@ func (m *guestModel) check() {
 	m.read(got, 0)
 	if i := firstDifference(got, m.want); i >= 0 {
 		m.t.Fatalf("guest byte %d is %#x, expected %#x", i, got[i], m.want[i])
+	}
+	for name, content := range m.snapshots {
+		opts := m.open
+		opts.Snapshot = name
+		sn, err := qcow2.New(m.dev, &opts)
+		if err != nil {
+			m.t.Fatal(err)
+		}
+		if i := firstDifference(mustRead(m.t, sn), content); i >= 0 {
+			m.t.Fatalf("byte %d of snapshot %s differs", i, name)
+		}
+		sn.Close()
 	}
 }
 
@@ -154,7 +194,9 @@ func TestEngineModel(t *testing.T) {
 			}
 			t.Run(fmt.Sprintf("%d-%d", cluster, width), func(t *testing.T) {
 				seed := uint64(cluster)*100 + uint64(width)
-				m := &guestModel{t: t, rand: rand.New(rand.NewPCG(seed, 2)), dev: blockdev.NewMemory(0), c: cluster}
+				m := &guestModel{t: t, rand: rand.New(rand.NewPCG(seed, 2)), dev: blockdev.NewMemory(0), c: cluster, snapshots: map[string][]byte{}}
+				// One reference is needed in between, to apply a snapshot.
+				m.most = max(0, min(1<<min(width, 4)-3, 4))
 				size := 512 * (3 + m.rand.Int64N(min(80*cluster, 6<<20)/512))
 				m.want = make([]byte, size)
 				o := qcow2.FormatOptions{ClusterSize: cluster, RefcountBits: width}
