@@ -182,7 +182,7 @@ func TestHostileBitmapShares(t *testing.T) {
 				t.Fatal(err)
 			}
 			// In one transaction, whatever it removes first.
-			if err = im.ResizeForTest(t, 2*TinySize); err == nil && name != "two have one table" {
+			if err = im.Resize(t.Context(), 2*TinySize, nil); err == nil && name != "two have one table" {
 				err = im.RemoveBitmap(t.Context(), "a")
 			}
 			if name == "two have one table" && err == nil {
@@ -202,26 +202,6 @@ func TestHostileBitmapShares(t *testing.T) {
 	if !errors.Is(err, ErrCorrupt) {
 		t.Errorf("directory in the L1 table: %v", err)
 	}
-}
-
-// ResizeForTest changes the size of an image that has no data.
-func (im *Image) ResizeForTest(t *testing.T, size int64) error {
-	t.Helper()
-	im.mu.Lock()
-	defer im.mu.Unlock()
-	x, err := im.begin(t.Context())
-	if err != nil {
-		return err
-	}
-	defer x.abort()
-	x.header.Size = uint64(size)
-	if n := int(im.geo.l1Entries(uint64(size))); n > len(x.l1) {
-		x.l1 = append(x.l1, make([]uint64, n-len(x.l1))...)
-	}
-	if err := x.resizeBitmaps(t.Context(), size); err != nil {
-		return err
-	}
-	return x.commit()
 }
 
 // TestBitmapRelieve: what is recorded takes bounded memory, and none is lost.
@@ -328,7 +308,7 @@ func TestBitmapRefusals(t *testing.T) {
 		{BitmapInconsistent, im.MergeBitmap(ctx, "b", other, "lost")},
 		{BitmapSizesDiffer, im.MergeBitmap(ctx, "b", other, "b")},
 		{BitmapVersion2, old.AddBitmap(ctx, "n", nil)},
-		{BitmapInconsistent, im.ResizeForTest(t, 2*TinySize)},
+		{BitmapInconsistent, im.Resize(t.Context(), 2*TinySize, nil)},
 	} {
 		var e *BitmapError
 		if !errors.As(c.err, &e) || e.Reason != c.want {

@@ -327,8 +327,8 @@ func TestBitmapResize(t *testing.T) {
 			}
 			size := int64(9438720)
 			for _, step := range []string{
-				"add a 512", "add b 4096", "add c 2097152", "add d 2097152", "disable d", "discard 9437184 1536", "9438208", "discard 100000 3000",
-				"41943040", "discard 41942999 41", "discard 0 900000", "20971520", "8388608", "5243392", "30000128", "discard 2000000 800000",
+				"add a 512", "add b 4096", "add c 2097152", "add d 2097152", "disable d", "discard 9437184 1536", "9438208", "write 100000 3000",
+				"41943040", "discard 41942999 41", "discard 0 900000", "20971520", "8388608", "5243392", "write 5243000 392", "30000128", "discard 2000000 800000",
 				"2097664", "3145728", "clear a", "discard 1024 1", "1536", "104857600", "discard 50000000 1000", "65536",
 			} {
 				if n, err := strconv.ParseInt(step, 10, 64); err == nil {
@@ -342,7 +342,7 @@ func TestBitmapResize(t *testing.T) {
 				if strings.Contains(step, " ") {
 					err = ownStep(t, im, step)
 				} else {
-					err = im.ResizeForTest(t, size)
+					err = im.Resize(t.Context(), size, &qcow2.ResizeOptions{Shrink: true})
 				}
 				if err := errors.Join(err, im.Close()); err != nil {
 					t.Fatalf("%s: %v", step, err)
@@ -353,5 +353,56 @@ func TestBitmapResize(t *testing.T) {
 			}
 			oracle.MustRun(t, "qemu-img", "check", "-f", "qcow2", own)
 		})
+	}
+}
+
+// TestBitmapInUse: while the guest writes, and after a crash, bitmaps that
+// record writes are in use, as QEMU leaves them. QEMU marks those that are
+// disabled too, though nothing changes them.
+func TestBitmapInUse(t *testing.T) {
+	oracle.Require(t, "qemu-img", "qemu-io")
+	dir := t.TempDir()
+	path, qemu := filepath.Join(dir, "i.qcow2"), filepath.Join(dir, "qemu.qcow2")
+	for _, p := range []string{path, qemu} {
+		oracle.MustRun(t, "qemu-img", "create", "-q", "-f", "qcow2", p, "1M")
+		for _, s := range []string{"add a", "add off", "write 100000 1", "disable off"} {
+			qemuStep(t, p, s)
+		}
+	}
+	oracle.Run(t, "qemu-io", "-f", "qcow2", "-c", "write 0 1", "-c", "abort", qemu)
+	im := openWrite(t, path)
+	defer im.Close()
+	crashed := func() []bitmapState {
+		copied := filepath.Join(dir, "copy.qcow2")
+		b, err := os.ReadFile(path)
+		if err == nil {
+			err = os.WriteFile(copied, b, 0o666)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return fileBitmaps(t, copied)
+	}
+	before := crashed()
+	if err := ownStep(t, im, "write 0 1"); err != nil {
+		t.Fatal(err)
+	}
+	want := fileBitmaps(t, qemu)
+	want[1] = before[1]
+	if d := cmp.Diff(want, crashed()); d != "" || want[0].Flags != "in-use auto" {
+		t.Errorf("-qemu +got\n%s", d)
+	}
+	if err := ownStep(t, im, "sync"); err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(want, crashed()); d != "" {
+		t.Errorf("synced: -qemu +got\n%s", d)
+	}
+	if err := im.Close(); err != nil {
+		t.Fatal(err)
+	}
+	want[0] = bitmapState{"a", "auto", 65536, []dirtyRange{{0, 131072}}}
+	if d := cmp.Diff(want, crashed()); d != "" {
+		t.Errorf("closed: -want +got\n%s", d)
 	}
 }

@@ -37,7 +37,10 @@
 // acknowledged is there; what was written later is there or not, sector by
 // sector. Changes of metadata, with the refcounts that they need, are written to
 // free clusters, and then take effect by one write of the first sector: a crash
-// leaves the state before or the one after, without leaks.
+// leaves the state before or the one after, without leaks. A bitmap that records
+// writes is marked in use before the first of them, and stored by Close or with the
+// next change of metadata: a crash in between leaves it inconsistent, fit only to
+// be removed.
 //
 // No image makes this package panic or go on for ever. Memory is 64 MiB and
 // OpenOptions.CacheSize at most, besides what is in proportion to the metadata
