@@ -318,7 +318,7 @@ func TestBitmapSteps(t *testing.T) {
 // TestBitmapResize: bitmaps follow the size of the disk as QEMU's do.
 func TestBitmapResize(t *testing.T) {
 	oracle.Require(t, "qemu-img", "qemu-io")
-	for _, clusterSize := range []int{512, 65536} {
+	for _, clusterSize := range []int{2048, 65536} {
 		t.Run(fmt.Sprint(clusterSize), func(t *testing.T) {
 			dir := t.TempDir()
 			qemu, own := filepath.Join(dir, "qemu.qcow2"), filepath.Join(dir, "own.qcow2")
