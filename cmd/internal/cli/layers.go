@@ -2,9 +2,7 @@ package cli
 
 import (
 	"errors"
-	"io/fs"
 	"path/filepath"
-	"strings"
 
 	"qimg/qcow2"
 	"qimg/qcow2/blockdev"
@@ -17,16 +15,15 @@ type layers struct {
 	named bool   // there is one; otherwise the first backing file is meant
 	write bool   // open it for writing
 	depth int    // of the image in the chain; 0: it was not found
-	files []qcow2.BackingFile
+	path  string // of the image
 }
 
-// add notes a file of the chain and tells whether to open it for writing.
+// add looks at a file of the chain and tells whether to open it for writing.
 func (l *layers) add(b qcow2.BackingFile) bool {
-	l.files = append(l.files, b)
 	if l.depth > 0 || l.named && !names(l.base, b) {
 		return false
 	}
-	l.depth = b.Depth
+	l.depth, l.path = b.Depth, b.Path
 	return l.write
 }
 
@@ -67,29 +64,21 @@ func realPath(path string) (string, error) {
 }
 
 // openError puts an error of opening the image and its chain in qemu-img's
-// words.
+// words. QEMU opens all images for reading, and the one that is written anew
+// then: a lock tells which of the two it prevents.
 func (l *layers) openError(name string, err error) error {
 	var lock *blockdev.LockError
-	var file *fs.PathError
-	for _, b := range l.files {
-		prefix := strings.TrimSuffix(strings.Repeat("Could not open backing file: ", b.Depth), ": ")
-		switch {
-		case errors.As(err, &lock) && lock.Path == b.Path:
-			// QEMU opens all images for reading, and the one that is written
-			// anew then: which of the two is it that the lock prevents?
-			if l.write && l.depth == b.Depth {
-				f, readErr := blockdev.OpenFile(b.Path, nil)
-				if readErr == nil {
-					f.Close()
-				}
-				if !errors.As(readErr, &lock) {
-					return openError(b.Path, err)
-				}
-			}
-			return couldNotOpen(name, prefixError(prefix, openError(b.Path, lock)))
-		case errors.As(err, &file) && file.Path == b.Path:
-			return couldNotOpen(name, prefixError(prefix, openError(b.Path, err)))
-		}
+	if !l.write || l.depth == 0 || !errors.As(err, &lock) || lock.Path != l.path {
+		return couldNotOpen(name, err)
+	}
+	f, readErr := blockdev.OpenFile(l.path, nil)
+	if readErr == nil {
+		f.Close()
+		return openError(l.path, lock)
+	}
+	err = openError(l.path, readErr)
+	for range l.depth {
+		err = prefixError("Could not open backing file", err)
 	}
 	return couldNotOpen(name, err)
 }

@@ -150,6 +150,12 @@ func prefixError(text string, err error) error {
 	return fmt.Errorf("%s: %w", text, err)
 }
 
+// lockText is a lock that another process holds, in qemu-img's words.
+type lockText struct{ *blockdev.LockError }
+
+func (e *lockText) Error() string { return e.Reason() }
+func (e *lockText) Unwrap() error { return e.LockError }
+
 func lockHint(name string) string {
 	return fmt.Sprintf("Is another process using the image [%s]?\n", name)
 }

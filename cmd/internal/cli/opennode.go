@@ -467,7 +467,7 @@ func openError(name string, err error) error {
 	var lock *blockdev.LockError
 	var errno syscall.Errno
 	if errors.As(err, &lock) {
-		return withHint(errors.New(lock.Reason()), lockHint(name))
+		return withHint(&lockText{lock}, lockHint(name))
 	}
 	if info, e := os.Stat(name); e == nil && !info.Mode().IsRegular() && info.Mode()&os.ModeDevice == 0 {
 		return fmt.Errorf("'file' driver requires '%s' to be a regular file", name)
