@@ -34,6 +34,7 @@ type txn struct {
 	snapshotsChanged bool
 
 	alloced  bool  // something was allocated or freed
+	wrote    bool  // something was written
 	counted  bool  // references changed, so that copied flags can be wrong
 	shrink   bool  // refcount blocks that have become empty are given up
 	fileSize int64 // at the beginning
@@ -156,6 +157,7 @@ func (t *txn) alloc(n int64) (int64, error) {
 
 // write writes p into clusters that alloc returned.
 func (t *txn) write(p []byte, off int64) error {
+	t.wrote = true
 	if _, err := t.im.w.dev.WriteAt(p, off); err != nil {
 		return t.im.fail(fmt.Errorf("qcow2: write at %#x: %w", off, err))
 	}
@@ -311,6 +313,9 @@ func (t *txn) prepare() (err error) {
 		}
 	}
 	t.prepared = true
+	if !t.alloced && !t.wrote && !im.w.unsynced {
+		return nil // the header is all there is
+	}
 	return im.fail(blockdev.Sync(im.w.dev))
 }
 

@@ -238,7 +238,7 @@ func (f *File) WriteAt(p []byte, off int64) (int, error) {
 	return n, f.fail(err)
 }
 
-// Sync makes the completed writes survive a crash (fsync). It is not tried
+// Sync makes the completed writes survive a crash (fdatasync). It is not tried
 // again after a failure: the kernel may have dropped what it could not write.
 // On a file that was opened for reading it does nothing.
 func (f *File) Sync() error {
@@ -251,7 +251,7 @@ func (f *File) Sync() error {
 	if err := f.mayWrite("sync"); err != nil {
 		return err
 	}
-	return f.fail(f.f.Sync())
+	return f.fail(syncData(f.f))
 }
 
 // WriteZeroes makes a range read as zeroes: a hole is punched, or the file

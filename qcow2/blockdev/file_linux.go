@@ -50,6 +50,17 @@ func punch(f *os.File, off, n int64) error {
 	})
 }
 
+// syncData puts the bytes of f on stable storage, with its size.
+func syncData(f *os.File) error {
+	err := control(f, func(fd int) error {
+		return ignoringEINTR(func() error { return unix.Fdatasync(fd) })
+	})
+	if errno, ok := err.(unix.Errno); ok {
+		return &os.PathError{Op: "sync", Path: f.Name(), Err: errno}
+	}
+	return err
+}
+
 // allocate reserves space for a range of f that is inside it.
 func allocate(f *os.File, off, n int64) error {
 	return control(f, func(fd int) error { return fallocate(fd, unix.FALLOC_FL_KEEP_SIZE, off, n) })

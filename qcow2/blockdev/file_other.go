@@ -9,6 +9,7 @@ import (
 
 const openFlags = 0
 
+func syncData(f *os.File) error                      { return f.Sync() }
 func punch(*os.File, int64, int64) error             { return errors.ErrUnsupported }
 func allocate(*os.File, int64, int64) error          { return errors.ErrUnsupported }
 func seekData(*os.File, int64, int64) (int64, error) { return 0, errors.ErrUnsupported }
