@@ -108,19 +108,21 @@ func (im *Image) lookup(off, limit int64) (run, error) {
 }
 
 // holeEnd returns the end of the run of empty L1 entries around off, or a place
-// in the run that is limit bytes from off or more.
+// in the run that is limit bytes from off or more. The last entry of the table
+// can map more than the disk has.
 func (im *Image) holeEnd(off, limit int64) int64 {
 	s := im.geo.l2Coverage()
+	n := int64(len(im.l1) / l1EntrySize)
+	mapped := max(im.size, n<<s)
 	start, i := off>>s<<s, off>>s+1
 	h := im.hole.Load()
 	known := h != nil && h.start <= off && off < h.end
 	if known {
-		if h.end-off >= limit || h.end == im.size {
+		if h.end-off >= limit || h.end == mapped {
 			return h.end
 		}
 		start, i = h.start, h.end>>s
 	}
-	n := int64(len(im.l1) / l1EntrySize)
 	for ; i<<s-off < limit; i++ {
 		if i >= n {
 			i = max((im.size-1)>>s+1, n) // the rest of the table is empty
@@ -130,7 +132,7 @@ func (im *Image) holeEnd(off, limit int64) int64 {
 			break
 		}
 	}
-	end := min(i<<s, max(im.size, n<<s))
+	end := min(i<<s, mapped)
 	if !known || end > h.end {
 		im.hole.Store(&hole{start, end})
 	}

@@ -28,8 +28,8 @@ func TestHoleEnd(t *testing.T) {
 		{9 * coverage, 2 * coverage, 9 * coverage, 11 * coverage},
 		{10*coverage + 512, im.size - 10*coverage - 512, 9 * coverage, 40000 * coverage},
 		{11 * coverage, im.size - 11*coverage, 9 * coverage, 40000 * coverage},
-		{im.size - 512, 512, 65535 * coverage, im.size},
-		{50000 * coverage, im.size - 50000*coverage, 50000 * coverage, im.size},
+		{im.size - 512, 512, 65535 * coverage, 65536 * coverage},
+		{50000 * coverage, im.size - 50000*coverage, 50000 * coverage, 65536 * coverage},
 	} {
 		r, err := im.lookup(c.off, c.limit)
 		if want := min(c.limit, c.end-c.off); err != nil || r.kind != runUnallocated || r.n != want {
