@@ -12,12 +12,14 @@ func TestFaults(t *testing.T) {
 	runs := 0
 	for _, v := range variants() {
 		t.Run(v.name, func(t *testing.T) {
-			step := 5
+			step := 7
 			if v.ExtendedL2 {
-				step = 19 // its clusters are large
+				step = 37 // its clusters are large
 			}
 			if *crashLong {
 				step = 1
+			} else if raceOn {
+				step *= 7
 			}
 			f := newFixture(t, v)
 			runs += qcow2.TrialFaults(t, f.dev, &qcow2.TrialOptions{Open: f.open, Data: f.data}, step, func(tr *qcow2.Trial) {

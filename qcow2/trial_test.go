@@ -47,6 +47,8 @@ type Trial struct {
 	data *blocktest.Recorder // nil without a data file
 	now  []outcome           // what a crash may leave; the last is what was asked for
 	cur  []byte              // what the guest reads
+	// changed: there was a change of guest data since the last Do.
+	changed bool
 
 	// With a device that fails:
 	faulty *blocktest.Faulty
@@ -341,6 +343,10 @@ func (tr *Trial) change(name string, off int64, p []byte, some bool, do func() e
 	copy(tr.cur[lo:], is)
 	// The first change clears autoclear bits and marks bitmaps; no guest data
 	// changes before that.
+	if tr.changed && !strings.Contains(before.rest, "bitmap") {
+		return
+	}
+	tr.changed = true
 	if rest := tr.below().rest; rest != before.rest {
 		before.leaks, after.rest = true, rest
 		tr.now = append(tr.now[:len(tr.now)-1], before, after)
@@ -391,6 +397,7 @@ func (tr *Trial) do(name string, op func() error, refusable bool) {
 		return
 	}
 	before := tr.now[len(tr.now)-1].rest
+	tr.changed = false
 	e := tr.mark(name)
 	err := op()
 	var option OptionError
