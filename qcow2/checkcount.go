@@ -252,6 +252,18 @@ func (r *refcounts) next(cluster int64) int64 {
 	return r.n
 }
 
+// end returns one past the last cluster that has references.
+func (r *refcounts) end() int64 {
+	for i := r.n; i > 0; i-- {
+		if chunk := (i - 1) &^ (refcountChunk - 1); r.empty(i - 1) {
+			i = chunk + 1
+		} else if r.raw(i-1) != 0 {
+			return i
+		}
+	}
+	return 0
+}
+
 func (c *countChunk) get(i int64) (uint64, mark) {
 	switch {
 	case c.ones != nil:

@@ -63,6 +63,7 @@ type RepairPlan struct {
 	Size int64
 
 	unreadable int64 // refcounts that could not be read, and are made anew
+	grows      bool
 	stuck      int64 // overlaps that are not counted, and stay
 }
 
@@ -112,7 +113,9 @@ func (p *RepairPlan) String() string {
 		}
 		fmt.Fprintf(&b, "raise the refcounts of %d clusters, free %d leaked clusters\n", p.Raised, p.Freed)
 		fmt.Fprintf(&b, "write refcount table anew at %#x, with %d refcount blocks%s\n", p.RefcountTable, p.RefcountBlocks, why)
-		fmt.Fprintf(&b, "make the file %d bytes long\n", p.Size)
+		if p.grows {
+			fmt.Fprintf(&b, "make the file %d bytes long\n", p.Size)
+		}
 	}
 	if p.ClearDirty {
 		b.WriteString("clear the dirty bit\n")
@@ -144,10 +147,10 @@ func (p *RepairPlan) String() string {
 // are left alone: they may be what is missing.
 //
 // Nothing that the old state refers to is overwritten: all new tables are
-// written behind the end of the file. Order: new tables and copies, sync, the
+// written behind the last cluster of the file that is in use. Order: new tables and copies, sync, the
 // first 512 bytes of the header, sync. A crash leaves the image as it was or
-// repaired. dev has to be a blockdev.Device, and a blockdev.Truncater unless
-// DryRun is set.
+// repaired. dev has to be a blockdev.Device unless DryRun is set, and a
+// blockdev.Truncater where the file has to grow.
 //
 // Memory and time are those of Check, and 60 bytes for each L2 table that
 // changes.
@@ -259,6 +262,10 @@ func (r *repairer) run() error {
 		r.again = false
 	}
 	r.next = c.refs.n
+	if !r.unsure && p.unreadable == 0 {
+		// Nothing in the file behind its last cluster in use is in use.
+		r.next = max(c.refs.end(), c.res.ImageEndOffset>>r.im.geo.clusterBits)
+	}
 	if err := c.checkOverlaps(); err != nil {
 		return err
 	}
@@ -360,25 +367,23 @@ func (r *repairer) beyond(off, n, k int64) {
 // references each.
 func (r *repairer) alloc(n, k int64) (off int64, err error) {
 	refs := r.c.refs
-	if r.next == r.start { // the file grows
-		for i := r.end; i < r.next; i++ {
-			refs.put(i, refs.raw(i)+r.ahead.raw(i-r.end))
-		}
-	}
 	first := r.next
 	for i := first; i < first+n; i++ {
-		if at := i - r.end; at >= maxAhead && r.far || i >= maxCheckClusters {
+		at := i - r.end // of ahead
+		if at >= maxAhead && r.far || i >= maxCheckClusters {
 			return 0, fmt.Errorf("qcow2: repair: no room behind the end of the file at %#x: %w", r.end<<r.im.geo.clusterBits, ErrLimit)
-		} else if at < 0 || at >= maxAhead {
-			continue
-		} else if count := r.ahead.raw(at); count > 0 {
-			refs.grow(i + 1)
+		}
+		refs.grow(i + 1)
+		count := refs.raw(i)
+		if at >= 0 && at < maxAhead {
+			count += r.ahead.raw(at)
+		}
+		if count > 0 {
 			refs.put(i, count) // the file reaches it now
 			first = i + 1
 		}
 	}
 	r.next = first + n
-	refs.grow(r.next)
 	refs.addRun(first, n, uint64(k), 0, func(int64, uint64) {})
 	return first << r.im.geo.clusterBits, nil
 }

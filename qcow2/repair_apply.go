@@ -113,14 +113,19 @@ func (r *repairer) writeTables() error {
 		}
 	}
 	if p.SnapshotTable != 0 {
-		if err := r.write(r.snapshotTable, p.SnapshotTable); err != nil {
+		if err := r.writePadded(r.snapshotTable, p.SnapshotTable); err != nil {
 			return err
 		}
 	}
 	if err := r.writeRefcounts(buf); err != nil {
 		return err
 	}
-	return r.write(appendEntries(nil, r.table), p.RefcountTable)
+	return r.writePadded(appendEntries(nil, r.table), p.RefcountTable)
+}
+
+// writePadded writes b with zeroes up to the end of the cluster.
+func (r *repairer) writePadded(b []byte, off int64) error {
+	return r.write(append(b, make([]byte, -int64(len(b))&(r.im.geo.clusterSize-1))...), off)
 }
 
 // writeL2 writes an L2 table in its new place.
@@ -148,6 +153,11 @@ func (r *repairer) writeL2(t TableChange, buf []byte) error {
 			binary.BigEndian.PutUint64(buf[i+8:], bitmap)
 		}
 	}
+	if t.size > 0 {
+		if err := blockdev.WriteZeroes(r.dev, t.zeros, t.size<<g.clusterBits); err != nil {
+			return fmt.Errorf("qcow2: repair: write zeroes at %#x: %w", t.zeros, err)
+		}
+	}
 	return r.write(buf, t.To)
 }
 
@@ -161,7 +171,7 @@ func (r *repairer) writeL1(t TableChange) error {
 		for i := 0; i < len(b); i += l1EntrySize {
 			binary.BigEndian.PutUint64(b[i:], r.l1Entry(binary.BigEndian.Uint64(b[i:]), t.active, nil))
 		}
-		if err := r.write(b, t.To+at); err != nil {
+		if err := r.writePadded(b, t.To+at); err != nil {
 			return err
 		}
 	}
@@ -227,8 +237,16 @@ func (r *repairer) open() error {
 		r.dropped(int64(n - maxSnapshots))
 		binary.BigEndian.PutUint32(b[headerNbSnapshots:], maxSnapshots)
 	}
+	noTable := r.all && len(b) >= headerSizeV2 && binary.BigEndian.Uint32(b[headerRefcountTableClusters:]) == 0
+	if noTable {
+		binary.BigEndian.PutUint32(b[headerRefcountTableClusters:], 1)
+		binary.BigEndian.PutUint64(b[headerRefcountTableOffset:], 0)
+	}
 	if im.header, err = parseHeader(b); err != nil {
 		return err
+	}
+	if noTable {
+		im.header.RefcountTableClusters = 0
 	}
 	im.geo = im.header.geometry()
 	if r.all {
@@ -254,13 +272,13 @@ func (r *repairer) readSnapshots() error {
 		if err != nil {
 			return err
 		}
-		table = (table+7)&^7 + e.end - e.Off - int64(e.stored-e.ExtraDataSize)
-		if table > maxSnapshotTableSize || e.end-start > math.MaxInt32 {
-			break
-		}
 		if e.stored > e.ExtraDataSize {
 			r.c.found(Finding{Kind: SnapshotExtraData, Off: e.Off, Index: e.Index, Value: uint64(e.stored)})
 			r.snapshotsBad = true
+		}
+		table = (table+7)&^7 + e.end - e.Off - int64(e.stored-e.ExtraDataSize)
+		if table > maxSnapshotTableSize || e.end-start > math.MaxInt32 {
+			break
 		}
 		im.snapshots = append(im.snapshots, e.Snapshot)
 		end = e.end

@@ -16,7 +16,8 @@ func (r *repairer) plan() error {
 		}
 	}
 	p := &r.res.Plan
-	p.Size = r.next << r.im.geo.clusterBits
+	p.Size = max(r.c.fileSz, r.next<<r.im.geo.clusterBits)
+	p.grows = p.Size > r.c.fileSz
 	return nil
 }
 
@@ -175,7 +176,7 @@ func withCopied(entry uint64, set bool) uint64 {
 // refcount returns what the refcount of the cluster at off will be.
 func (r *repairer) refcount(off int64) uint64 {
 	cluster := off >> r.im.geo.clusterBits
-	known := cluster < r.end || r.start <= cluster && cluster < r.next
+	known := cluster < r.end || cluster < r.next
 	if known && (r.all || cluster >= r.start) {
 		return r.c.refs.get(cluster)
 	}
@@ -381,7 +382,7 @@ func (r *repairer) keepBeyond() error {
 			if err != nil {
 				return err
 			}
-			for i := max(start, r.next); i < start+step; i++ {
+			for i := max(start, r.next, r.end); i < start+step; i++ {
 				stored := g.refcountIn(b, i)
 				if at := i - r.end; stored != 0 && (at >= maxAhead || r.ahead.raw(at) != 0) {
 					c.refs.grow(i + 1)

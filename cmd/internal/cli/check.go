@@ -79,7 +79,7 @@ func runCheck(ctx context.Context, host Host, o *checkOptions, args []string) er
 	}
 	o.open.chain, o.open.locked = true, true
 	o.open.write = o.repair != "" && !o.dryRun
-	o.open.damaged = o.repair != ""
+	o.open.damaged = true
 	img, err := openImage(args[0], &o.open)
 	if err != nil {
 		return couldNotOpen(args[0], err)
@@ -98,6 +98,9 @@ func runCheck(ctx context.Context, host Host, o *checkOptions, args []string) er
 	}
 	check := func() (qcow2.CheckResult, error) {
 		return img.qcow2.Check(ctx, &qcow2.CheckOptions{Stale: o.stale, Found: found})
+	}
+	if o.repair == "" && img.qcow2 == nil {
+		return o.checkDamaged(ctx, host, img, found)
 	}
 	if o.repair == "" {
 		res, err := check()
@@ -134,6 +137,24 @@ func runCheck(ctx context.Context, host Host, o *checkOptions, args []string) er
 		}
 	}
 	return o.result(host, img, &repair)
+}
+
+// checkDamaged checks an image without a refcount table. One whose snapshot
+// table is over the limits can be repaired only.
+func (o *checkOptions) checkDamaged(ctx context.Context, host Host, img *image, found func(qcow2.Finding)) error {
+	_, err := headerOf(img.dev)
+	var bad *qcow2.FormatError
+	if errors.As(err, &bad) && bad.Field != "refcount_table_clusters" {
+		return couldNotOpen(img.arg, err)
+	}
+	res, err := qcow2.Repair(ctx, img.dev, &qcow2.RepairOptions{DryRun: true, Found: func(f qcow2.Finding) {
+		f.Repaired = false
+		found(f)
+	}})
+	if err != nil {
+		return checkError(ctx, err)
+	}
+	return o.result(host, img, &qcow2.RepairResult{Check: res.Check})
 }
 
 func checkError(ctx context.Context, err error) error {

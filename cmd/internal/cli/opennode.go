@@ -262,11 +262,12 @@ func (o *opening) openQcow2(img, file *image, opts blockOptions, noBacking bool)
 }
 
 // isDamaged reports whether an image cannot be opened because of its snapshot
-// table, which can be repaired.
+// table, or for want of a refcount table, which can be repaired.
 func isDamaged(dev blockdev.Reader) bool {
 	_, err := headerOf(dev)
 	var bad *qcow2.FormatError
-	return errors.As(err, &bad) && (bad.Struct == "snapshot table" || bad.Field == "nb_snapshots")
+	return errors.As(err, &bad) && (bad.Struct == "snapshot table" || bad.Field == "nb_snapshots" ||
+		bad.Field == "refcount_table_clusters" && errors.Is(err, qcow2.ErrCorrupt))
 }
 
 // qcow2Error puts an error of opening an image, or a file that it names, in
