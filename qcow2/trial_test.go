@@ -2,9 +2,9 @@ package qcow2
 
 import (
 	"bytes"
-	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"os"
 	"path/filepath"
@@ -266,8 +266,8 @@ func (tr *Trial) digest(im *Image, devs []blockdev.Device) (string, error) {
 		if err != nil {
 			return "", fmt.Errorf("snapshot %s: %w", s.ID, err)
 		}
-		fmt.Fprintf(&b, "snapshot %q %q: %d.%09d, clock %d, vm state %d, size %d, icount %d, extra %d %x, content %x\n", s.ID, s.Name,
-			s.DateSec, s.DateNsec, s.VMClockNsec, s.VMStateSize, s.DiskSize, s.ICount, s.ExtraDataSize, s.UnknownExtraData, sha256.Sum256(content))
+		fmt.Fprintf(&b, "snapshot %q %q: %d.%09d, clock %d, vm state %d, size %d, icount %d, extra %d %x, content %08x%08x\n", s.ID, s.Name,
+			s.DateSec, s.DateNsec, s.VMClockNsec, s.VMStateSize, s.DiskSize, s.ICount, s.ExtraDataSize, s.UnknownExtraData, crc32.ChecksumIEEE(content), crc32.Checksum(content, crc32.MakeTable(crc32.Castagnoli)))
 	}
 	list, err := im.Bitmaps()
 	if err != nil {
