@@ -2,7 +2,6 @@ package cli
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -46,7 +45,7 @@ func parseJSONName(js string) (blockOptions, error) {
 	err := d.Decode(&v)
 	if err == nil {
 		if _, e := d.Token(); e != io.EOF {
-			err = errors.New("Expecting at most one JSON value")
+			err = messagef("Expecting at most one JSON value")
 		}
 	} else {
 		err = jsonError(err)

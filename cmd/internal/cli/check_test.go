@@ -105,6 +105,9 @@ func TestRepairZoo(t *testing.T) {
 		if file == "chain-loop.qcow2" {
 			continue // qemu-img does not end
 		}
+		if strings.Contains(checkDiffers[file], "passphrase") {
+			continue // qemu-img refuses
+		}
 		b, err := os.ReadFile(filepath.Join(dir, file))
 		if err != nil {
 			t.Fatal(err)
