@@ -46,6 +46,11 @@ func snapshotWork(tr *qcow2.Trial, v variant, c int64) {
 	tr.Do("apply", func() error { return tr.Image.ApplySnapshot(ctx, "a") })
 	tr.Write(emptyAt*c, noise(63, int(2*c)))
 	tr.Do("apply vm state", func() error { return tr.Image.ApplySnapshot(ctx, "vm") })
+	tr.Do("create with vm state over another", func() error {
+		_, err := tr.Image.CreateSnapshot(ctx, "vm 2", &qcow2.SnapshotOptions{VMState: bytes.NewReader(state[:c])})
+		return err
+	})
+	tr.Do("apply vm state again", func() error { return tr.Image.ApplySnapshot(ctx, "vm") })
 	tr.Do("create over vm state", func() error { _, err := tr.Image.CreateSnapshot(ctx, "with state", nil); return err })
 	if v.Version != 2 {
 		disk := blockdev.NewMemory(fixtureClusters * c / 2)

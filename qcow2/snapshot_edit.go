@@ -283,7 +283,6 @@ func (s *SnapshotTxn) apply(idOrName string) error {
 		}
 	}
 	t.l1 = l1
-	t.counted = true
 	return nil
 }
 
@@ -433,7 +432,11 @@ func (s *SnapshotTxn) countTable(off int64, b []byte, delta int) error {
 		if entry == 0 {
 			continue
 		}
-		if err := s.t.addEntryRef(entry, delta); err != nil {
+		err := s.t.addEntryRef(entry, delta)
+		if typ := g.clusterType(entry); err == nil && delta > 0 && (typ == clusterNormal || typ == clusterZeroAlloc) {
+			err = s.counted(int64(entry&l2OffsetMask), delta)
+		}
+		if err != nil {
 			var bad *FormatError
 			if errors.As(err, &bad) && bad.Off < 0 {
 				bad.Off = off + at
@@ -451,7 +454,20 @@ func (s *SnapshotTxn) count(off, n int64, delta int) error {
 	if delta < 0 {
 		return s.giveUp(off, n)
 	}
-	return s.t.addRef(off, n, delta)
+	if err := s.t.addRef(off, n, delta); err != nil {
+		return err
+	}
+	return s.counted(off, delta)
+}
+
+// counted refuses a cluster that nothing but the n references added referred to:
+// it is free for others, though it is in use.
+func (s *SnapshotTxn) counted(off int64, n int) error {
+	refs, err := s.t.refcount(off >> s.im.geo.clusterBits)
+	if err == nil && refs == uint64(n) {
+		err = fmt.Errorf("qcow2: the cluster at %#x has refcount 0, but a table refers to it: run check -r all: %w", off, ErrCorrupt)
+	}
+	return err
 }
 
 // giveUp takes a reference from each cluster that n bytes at off lie in.
