@@ -108,8 +108,14 @@ func runSnapshot(ctx context.Context, host Host, o *snapshotOptions, args []stri
 	switch o.action.letter {
 	case 'l':
 		return listSnapshots(host, o, args)
-	case 'e':
-		return exportSnapshot(ctx, host, o, args)
+	case 'e', 'i':
+		o.open.locked = false
+		if len(args) != 1 {
+			return usagef("Expecting one image file name")
+		}
+		if o.action.letter == 'e' {
+			return exportSnapshot(ctx, host, o, args[0])
+		}
 	}
 	steps, err := o.steps(ctx, host)
 	if err != nil {

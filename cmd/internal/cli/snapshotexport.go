@@ -15,20 +15,17 @@ import (
 )
 
 // exportSnapshot writes the disk and the vm state of a snapshot to files.
-func exportSnapshot(ctx context.Context, host Host, o *snapshotOptions, args []string) error {
-	if len(args) != 1 {
-		return usagef("Expecting one image file name")
-	}
+func exportSnapshot(ctx context.Context, host Host, o *snapshotOptions, name string) error {
 	if o.disk == "" && o.vmState == "" {
 		return usagef("--export needs --disk, --vmstate or both")
 	}
 	o.open.snapshot = o.action.tag
-	img, err := openImage(args[0], &o.open)
+	img, err := openImage(name, &o.open)
 	if err != nil {
 		if errors.Is(err, qcow2.ErrNotFound) {
 			return messagef("Could not export snapshot '%s': snapshot not found", o.action.tag)
 		}
-		return couldNotOpen(args[0], err)
+		return couldNotOpen(name, err)
 	}
 	defer img.close()
 	if img.qcow2 == nil {

@@ -248,3 +248,41 @@ func sameFiles(t *testing.T, a, b string) {
 		t.Errorf("%s and %s differ", a, b)
 	}
 }
+
+// What is encrypted in an image is exported as it is read, and imported
+// encrypted.
+func TestSnapshotEncrypted(t *testing.T) {
+	zoo(t)
+	image, err := os.ReadFile("luks-snapshot.qcow2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Chdir(t.TempDir())
+	writeFile(t, "image", string(image))
+	state := "QEVM" + strings.Repeat("state of a machine", 9999)
+	writeFile(t, "mem", state)
+	secret := func(args ...string) []string {
+		return append(append([]string{"--object", "secret,id=key,data=zoo-secret", "--image-opts"}, args...),
+			"driver=qcow2,encrypt.key-secret=key,file.filename=image")
+	}
+	snapshot := func(args ...string) []string { return append([]string{"snapshot"}, secret(args...)...) }
+	oracle.MustRun(t, "qemu-img", append(append([]string{"convert", "-l", "snapshot.name=s", "-O", "raw"}, secret()...), "raw")...)
+	mustRun(t, snapshot("--export", "s", "--disk", "disk")...)
+	oracle.MustRun(t, "qemu-img", "compare", "-f", "qcow2", "-F", "raw", "disk", "raw")
+	mustRun(t, snapshot("--import", "new", "--disk", "disk", "--vmstate", "mem")...)
+	oracle.MustRun(t, "qemu-img", append([]string{"check"}, secret()...)...)
+	oracle.MustRun(t, "qemu-img", append(append([]string{"convert", "-l", "snapshot.name=new", "-O", "raw"}, secret()...), "raw2")...)
+	sameFiles(t, "raw", "raw2")
+	mustRun(t, snapshot("--export", "new", "--vmstate", "again")...)
+	sameFiles(t, "mem", "again")
+	if b, err := os.ReadFile("image"); err != nil || bytes.Contains(b, []byte(state[:100])) {
+		t.Errorf("the vm state is not encrypted (%v)", err)
+	}
+	if r := run(t, "snapshot", "--export", "s", "--disk", "disk", "image"); r.Code != 1 || !strings.Contains(r.Stderr, "encrypt.key-secret") {
+		t.Errorf("without a passphrase: %+v", r)
+	}
+	// Changes that need no guest data need no passphrase.
+	mustRun(t, "snapshot", "-a", "s", "image")
+	mustRun(t, "snapshot", "-d", "new", "image")
+	oracle.MustRun(t, "qemu-img", append([]string{"check"}, secret()...)...)
+}
