@@ -414,16 +414,17 @@ func sparse(t *testing.T, size int64, change func(x *qcow2.Tiny)) *qcow2.Image {
 	return im
 }
 
-// TestCheckBounds: what a small file says of a large hole neither takes long
-// nor much memory to check.
-func TestCheckBounds(t *testing.T) {
-	for _, c := range []struct {
-		name   string
-		size   int64
-		change func(x *qcow2.Tiny)
-		want   qcow2.FindingKind
-		count  int64
-	}{
+// boundsCase is a tiny image in a large hole.
+type boundsCase struct {
+	name   string
+	size   int64
+	change func(x *qcow2.Tiny)
+	want   qcow2.FindingKind
+	count  int64
+}
+
+func boundsCases() []boundsCase {
+	return []boundsCase{
 		{"65535 bitmaps with one table", 16 << 20, func(x *qcow2.Tiny) {
 			const n = 65535
 			bitmaps(x, 0)
@@ -480,7 +481,13 @@ func TestCheckBounds(t *testing.T) {
 				x.Put(3*c+8*i, uint64(i%4096)<<31|uint64(i/4096+32)<<25)
 			}
 		}, qcow2.RefcountTooLow, 1 + 1 + 1 + 8 + 4096 + 8*8192},
-	} {
+	}
+}
+
+// TestCheckBounds: what a small file says of a large hole neither takes long
+// nor much memory to check.
+func TestCheckBounds(t *testing.T) {
+	for _, c := range boundsCases() {
 		t.Run(c.name, func(t *testing.T) {
 			im := sparse(t, c.size, c.change)
 			var before, after runtime.MemStats

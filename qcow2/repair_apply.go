@@ -81,6 +81,18 @@ func (r *repairer) write(b []byte, off int64) error {
 	return nil
 }
 
+// zero makes n bytes at off read as zeroes, without a write for each hole of a
+// file that names many.
+func (r *repairer) zero(off, n int64) error {
+	if err := r.ctx.Err(); err != nil {
+		return err
+	}
+	if err := blockdev.WriteZeroes(r.dev, off, n); err != nil {
+		return fmt.Errorf("qcow2: repair: write zeroes at %#x: %w", off, err)
+	}
+	return nil
+}
+
 // writeTables writes all that is new behind the end of the file.
 func (r *repairer) writeTables() error {
 	p, g := &r.res.Plan, &r.im.geo
@@ -95,6 +107,12 @@ func (r *repairer) writeTables() error {
 	}
 	buf := make([]byte, g.clusterSize)
 	for _, c := range p.Copies {
+		if r.c.hole(c.Off, g.clusterSize) {
+			if err := r.zero(c.To, g.clusterSize); err != nil {
+				return err
+			}
+			continue
+		}
 		if err := readFull(r.dev, buf, c.Off); err != nil {
 			return fmt.Errorf("qcow2: repair: guest cluster at %#x: %w", c.Off, err)
 		}
@@ -131,6 +149,9 @@ func (r *repairer) writePadded(b []byte, off int64) error {
 // writeL2 writes an L2 table in its new place.
 func (r *repairer) writeL2(t TableChange, buf []byte) error {
 	g := &r.im.geo
+	if r.c.hole(t.Off, g.clusterSize) {
+		return r.zero(t.To, g.clusterSize)
+	}
 	if err := readFull(r.dev, buf, t.Off); err != nil {
 		return fmt.Errorf("qcow2: repair: l2 table at %#x: %w", t.Off, err)
 	}
@@ -154,8 +175,8 @@ func (r *repairer) writeL2(t TableChange, buf []byte) error {
 		}
 	}
 	if t.size > 0 {
-		if err := blockdev.WriteZeroes(r.dev, t.zeros, t.size<<g.clusterBits); err != nil {
-			return fmt.Errorf("qcow2: repair: write zeroes at %#x: %w", t.zeros, err)
+		if err := r.zero(t.zeros, t.size<<g.clusterBits); err != nil {
+			return err
 		}
 	}
 	return r.write(buf, t.To)

@@ -6,10 +6,13 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"qimg/qcow2"
+	"qimg/qcow2/blockdev"
 	"qimg/qcow2/blockdev/oracle"
 )
 
@@ -191,5 +194,60 @@ func TestRepairSnapshotTable(t *testing.T) {
 	}
 	if im, err := qcow2.New(dev, nil); err != nil || len(im.Snapshots()) != 65536 {
 		t.Error(err)
+	}
+}
+
+// TestRepairBounds: nor to repair.
+func TestRepairBounds(t *testing.T) {
+	for _, c := range boundsCases() {
+		t.Run(c.name, func(t *testing.T) {
+			x := qcow2.NewTiny()
+			c.change(x)
+			dev := blockdev.NewMemory(c.size)
+			if _, err := dev.WriteAt(x.Bytes(), 0); err != nil {
+				t.Fatal(err)
+			}
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			start := time.Now()
+			res, err := qcow2.Repair(t.Context(), dev, nil)
+			runtime.ReadMemStats(&after)
+			n := after.TotalAlloc - before.TotalAlloc
+			t.Logf("%v, %d bytes, %d clusters raised, %v", time.Since(start), n, res.Plan.Raised, err)
+			if n > 512<<20 { // all that was allocated, what the device keeps too
+				t.Errorf("allocated %d bytes", n)
+			}
+			if d := time.Since(start); d > time.Minute {
+				t.Errorf("took %v", d)
+			}
+		})
+	}
+}
+
+// TestRepairLeaks: with Leaks the same is repaired as by qemu-img.
+func TestRepairLeaks(t *testing.T) {
+	oracle.Require(t, "qemu-img")
+	for _, c := range findingCases() {
+		if c.only != "" || repairDiffers[c.name] != "" {
+			continue
+		}
+		t.Run(c.name, func(t *testing.T) {
+			b := c.image()
+			dev := disk(t, b)
+			guest := guestOf(dev)
+			path := filepath.Join(t.TempDir(), "x")
+			write(t, path, b)
+			want := runQEMUCheck(t, path, "-r", "leaks")
+			res, err := qcow2.Repair(t.Context(), dev, &qcow2.RepairOptions{Leaks: true})
+			if errors.Is(err, qcow2.ErrRebuild) && want.code == 1 {
+				return
+			}
+			sameGuest(t, guest, guestOf(dev))
+			write(t, path, bytesOf(t, dev))
+			after := runQEMUCheck(t, path)
+			if err != nil || after.code != want.code || res.LeaksFixed != want.LeaksFixed || res.CorruptionsFixed != want.CorruptionsFixed {
+				t.Errorf("%+v, %v, exit %d; qemu-img: %+v", res, err, after.code, want)
+			}
+		})
 	}
 }
