@@ -41,9 +41,9 @@ func newSnapshot(host Host) *cobra.Command {
 			"two of those can leave some changed and some not, each of them whole.\n\n" +
 			"--export writes a snapshot to files of its own, both or neither. The vm state is a\n" +
 			"migration stream of QEMU, so that any number of machines resume from it:\n" +
-			"qemu-system-x86_64 ... -snapshot -incoming \"exec: cat FILE\". What is encrypted in\n" +
-			"the image is not in the files. --import makes a snapshot of such a stream, which\n" +
-			"-loadvm loads.\n\n" +
+			"qemu-system-x86_64 ... -snapshot -incoming \"exec: cat FILE\". Of an encrypted\n" +
+			"image the files hold what is read: they are not encrypted. --import makes a\n" +
+			"snapshot of such a stream, which -loadvm loads.\n\n" +
 			"JSON of -l is an array with an object for each image: filename, and snapshots,\n" +
 			"an array of what the table has: id, name, date-sec and date-nsec (since 1970),\n" +
 			"vm-clock-sec and vm-clock-nsec (how long the guest had run), icount (left out if\n" +
@@ -59,8 +59,8 @@ func newSnapshot(host Host) *cobra.Command {
 	for _, a := range []struct{ letter, name, help string }{
 		{"l", "list", "list the snapshots"},
 		{"a", "apply", "make the content of `SNAPSHOT`, an id or a name, that of the disk"},
-		{"c", "create", "create a snapshot of that name"},
-		{"d", "delete", "delete the first snapshot of that name"},
+		{"c", "create", "create a snapshot of the name `SNAPSHOT`"},
+		{"d", "delete", "delete the first snapshot of the name `SNAPSHOT`"},
 	} {
 		flag := f.VarPF(&snapshotFlag{&o.action, a.letter[0]}, a.name, a.letter, a.help)
 		if a.letter == "l" {
@@ -71,10 +71,10 @@ func newSnapshot(host Host) *cobra.Command {
 	o.open.addForceShare(f)
 	f.StringVar(&o.output, "output", "human", "of -l: human or json")
 	f.VarPF(&snapshotFlag{&o.action, 'f'}, "from", "", "do what `FILE` says, - being standard input: a line for each, create NAME, apply ID-OR-NAME, delete NAME or delete-id ID; all or nothing")
-	f.VarPF(&snapshotFlag{&o.action, 'i'}, "import", "", "create a snapshot of that name from a vm state, and from a disk if it is not that of the image")
+	f.VarPF(&snapshotFlag{&o.action, 'i'}, "import", "", "create a snapshot of the name `SNAPSHOT` from a vm state, and from a disk if it is not that of the image")
 	f.VarPF(&snapshotFlag{&o.action, 'e'}, "export", "", "write the disk or the vm state of `SNAPSHOT`, an id or a name, to files of their own")
-	f.StringVar(&o.disk, "disk", "", "of --export: qcow2 file to make of the disk; of --import: image to take the disk from")
-	f.StringVar(&o.vmState, "vmstate", "", "of --export: file to make of the vm state; of --import: file to read it from; - is standard output or input")
+	f.StringVar(&o.disk, "disk", "", "of --export: qcow2 `FILE` to make of the disk; of --import: image to take the disk from")
+	f.StringVar(&o.vmState, "vmstate", "", "of --export: `FILE` to make of the vm state; of --import: file to read it from; - is standard output or input")
 	f.BoolVarP(&o.quiet, "quiet", "q", false, "print errors only; nothing else is printed but the list")
 	return cmd
 }
@@ -87,7 +87,12 @@ type snapshotFlag struct {
 
 func (f *snapshotFlag) String() string { return "" }
 
-func (f *snapshotFlag) Type() string { return "snapshot" }
+func (f *snapshotFlag) Type() string {
+	if f.letter == 'l' {
+		return "bool"
+	}
+	return "snapshot"
+}
 
 func (f *snapshotFlag) Set(tag string) error {
 	if f.action.letter != 0 {
