@@ -99,7 +99,7 @@ func TestFaultsAmend(t *testing.T) {
 	}
 	for vi, v := range variants() {
 		for i, op := range amendOps() {
-			if op.refused(v) || (vi+i)%4 != 0 && !*crashLong {
+			if op.refused(v) || (vi+i)%7 != 0 && !*crashLong {
 				continue
 			}
 			t.Run(v.name+", "+op.name, func(t *testing.T) {

@@ -98,10 +98,13 @@ func (t *txn) resize(size int64, o *ResizeOptions) error {
 	counted := t.counted
 	old := im.size
 	up := func(n int64) int64 { return g.clusters(n) << g.clusterBits }
-	t.placed = make(map[int64]bool)
+	t.resized = true
 	// An old entry without a size has that of the disk.
 	if slices.ContainsFunc(t.snapshots, func(s Snapshot) bool { return s.ExtraDataSize < snapshotExtraDataV3 }) {
 		t.snapshotsChanged = true
+	}
+	if size < old {
+		t.placed = make(map[int64]bool)
 	}
 	// Behind the disk there can be the vm state of a snapshot that was applied.
 	if err := t.cut(up(min(old, size))); err != nil {
@@ -239,6 +242,9 @@ func (t *txn) grow(old, size int64, o *ResizeOptions) error {
 	s := g.l2Coverage()
 	backed := im.backs(old)
 	for lo := from; lo < to && (prealloc != PreallocationOff || backed); {
+		if err := t.ctx.Err(); err != nil {
+			return err
+		}
 		i := lo >> s
 		hi := min(to, (i+1)<<s)
 		at := (lo - i<<s) >> g.clusterBits * g.l2EntrySize
@@ -405,7 +411,7 @@ func (t *txn) commitResize() error {
 	if err := t.commit(); err != nil {
 		return err
 	}
-	if im.geo.dataFile && t.placed != nil {
+	if im.geo.dataFile && t.resized {
 		if err := sizeDataFile(im.w.data, im.size); err != nil {
 			return im.fail(err)
 		}

@@ -37,6 +37,7 @@ type txn struct {
 	wrote    bool  // something was written
 	counted  bool  // references changed, so that copied flags can be wrong
 	shrink   bool  // refcount blocks that have become empty are given up
+	resized  bool  // the disk gets another size
 	fileSize int64 // at the beginning
 	taken    int64 // clusters that were handed out
 	// placed are those clusters, if it is not nil.

@@ -57,6 +57,9 @@ func (im *Image) openWrite() error {
 	if !ok {
 		return fmt.Errorf("qcow2: open for writing: the device takes no writes: %w", blockdev.ErrReadOnly)
 	}
+	if im.snapshot != nil {
+		return fmt.Errorf("qcow2: open for writing: a snapshot can only be read: %w", blockdev.ErrReadOnly)
+	}
 	h := &im.header
 	if h.IncompatibleFeatures&IncompatCorrupt != 0 {
 		return headerError(ErrCorrupt, "incompatible_features", "has the corrupt bit: the image can only be read; check -r all repairs it")
