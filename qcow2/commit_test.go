@@ -91,6 +91,11 @@ func (c *committing) check(t *testing.T, top, base *blockdev.Memory, clean bool)
 	if err != nil {
 		return false, err
 	}
+	return isEmpty(im)
+}
+
+// isEmpty reports whether an image holds nothing of its own.
+func isEmpty(im *qcow2.Image) (bool, error) {
 	e, err := im.NextExtent(0)
 	for err == nil && (e.Depth > 0 || e.Kind == blockdev.Unallocated) {
 		if e.Off+e.Len == im.Size() {
@@ -339,6 +344,9 @@ func TestCommitSnapshot(t *testing.T) {
 			if err := sound(t, im, true); err != nil {
 				t.Error(err)
 			}
+			if empty, err := isEmpty(im); !empty || err != nil {
+				t.Error("the image is not empty", err)
+			}
 			if err := im.Close(); err != nil {
 				t.Fatal(err)
 			}
@@ -363,4 +371,50 @@ func snapshotBytes(t *testing.T, f *fixture, open qcow2.OpenOptions) []byte {
 	}
 	defer im.Close()
 	return guestBytes(t, im)
+}
+
+// What is freed between clusters that a snapshot keeps becomes holes.
+func TestCommitHoles(t *testing.T) {
+	const c, n = 4096, 64 << 10
+	dev, base := blockdev.NewMemory(0), blockdev.NewMemory(256<<10)
+	err := qcow2.Create(t.Context(), dev, base.Size(), &qcow2.CreateOptions{FormatOptions: qcow2.FormatOptions{
+		ClusterSize: c, BackingFile: "base", BackingFormat: "raw"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	rec, err := blocktest.NewRecorder(dev)
+	if err != nil {
+		t.Fatal(err)
+	}
+	im := openOver(t, rec, base)
+	step := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	writeAll(t, im, noise(1, n), 0)
+	writeAll(t, im, noise(2, n), n)
+	step(im.Sync())
+	step(im.Discard(0, n))
+	_, err = im.CreateSnapshot(t.Context(), "kept", nil)
+	step(err)
+	writeAll(t, im, noise(3, 8*c), 2*n) // where the first lay
+	step(im.Sync())
+	before := len(rec.Ops())
+	step(im.Commit(t.Context(), nil))
+	hole := func(op blocktest.Op) bool { return op.Kind == blocktest.Discard && op.N >= 3*c }
+	if !slices.ContainsFunc(rec.Ops()[before:], hole) {
+		t.Errorf("no holes: %v", rec.Ops()[before:])
+	}
+	step(sound(t, im, true))
+	step(im.Close())
+	kept, err := qcow2.New(dev, &qcow2.OpenOptions{Snapshot: "kept", BackingDevice: blockdev.NewMemory(0)})
+	step(err)
+	if got := guestBytes(t, kept)[n : 2*n]; !bytes.Equal(got, noise(2, n)) {
+		t.Error("the snapshot reads something else")
+	}
+	if got := guestBytes(t, base)[2*n : 2*n+8*c]; !bytes.Equal(got, noise(3, 8*c)) {
+		t.Error("the base reads something else")
+	}
 }
