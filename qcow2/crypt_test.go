@@ -289,6 +289,21 @@ func TestEncryptedChain(t *testing.T) {
 	if _, err := im.ReadAt(got, 0); err != nil || !bytes.Equal(got, content) {
 		t.Errorf("something else was read: %v", err)
 	}
+	im.Close()
+	opts.Write, opts.WriteBacking = true, func(qcow2.BackingFile) bool { return true }
+	if im, err = qcow2.Open(top, opts); err != nil {
+		t.Fatal(err)
+	}
+	if err := im.Commit(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := im.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(readAll(t, base, "below"), content) || !bytes.Equal(rawCopy(t, base, "below"), content) {
+		t.Error("the commit wrote something else")
+	}
+	opts = follow()
 	opts.Secret = func(r qcow2.SecretRequest) ([]byte, error) { return []byte("above"), nil }
 	if _, err := qcow2.Open(top, opts); !errors.Is(err, qcow2.ErrPassphrase) || !strings.Contains(err.Error(), base) {
 		t.Errorf("%v with the wrong passphrase for the backing file", err)

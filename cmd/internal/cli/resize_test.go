@@ -72,14 +72,7 @@ func TestResizeMessages(t *testing.T) {
 	for _, file := range []string{"v2", "v3", "over", "over2", "raw"} {
 		tw.alike(file, true)
 	}
-	var size [2]int64
-	for i, dir := range tw.dirs {
-		fi, err := os.Stat(filepath.Join(dir, "raw"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		size[i] = fi.Size()
-	}
+	size := tw.lengths("raw")
 	if size[0] != size[1] {
 		t.Errorf("raw files of %d bytes by qemu-img, %d by qimg", size[0], size[1])
 	}
@@ -144,19 +137,59 @@ func TestResize(t *testing.T) {
 			if snapshot {
 				compareSnapshots(t, filepath.Join(tw.dirs[0], "x"), filepath.Join(tw.dirs[1], "x"))
 			}
-			var end [2]int64
-			for i, dir := range tw.dirs {
-				fi, err := os.Stat(filepath.Join(dir, "x"))
-				if err != nil {
-					t.Fatal(err)
+			if strings.Contains(create, "data_file") {
+				if end := tw.lengths("data"); end[0] != end[1] {
+					t.Errorf("data files of %d bytes by qemu-img, %d by qimg", end[0], end[1])
 				}
-				end[i] = fi.Size()
 			}
+			end := tw.lengths("x")
 			// Tables that are written anew leave a gap of a few clusters.
 			if _, cluster := sizes(t, filepath.Join(tw.dirs[0], "x")); end[1] > end[0]+3*cluster {
 				t.Errorf("file of %d bytes, qemu-img's has %d", end[1], end[0])
 			}
 		})
+	}
+}
+
+// lengths returns the lengths of a file in both folders.
+func (tw *rivals) lengths(file string) (n [2]int64) {
+	tw.t.Helper()
+	for i, dir := range tw.dirs {
+		fi, err := os.Stat(filepath.Join(dir, file))
+		if err != nil {
+			tw.t.Fatal(err)
+		}
+		n[i] = fi.Size()
+	}
+	return n
+}
+
+// A file whose end becomes free gets short, whatever lay there.
+func TestResizeShrinkFile(t *testing.T) {
+	oracle.Require(t, "qemu-img", "qemu-io")
+	for _, create := range []string{"cluster_size=4k", "cluster_size=4k,refcount_bits=64", "compat=0.10"} {
+		for _, bitmaps := range []bool{false, true} {
+			if bitmaps && create == "compat=0.10" {
+				continue
+			}
+			t.Run(fmt.Sprint(create, " ", bitmaps), func(t *testing.T) {
+				tw := newRivals(t)
+				tw.qemu("qemu-img", "create", "-q", "-f", "qcow2", "-o", create, "x", "64M")
+				if bitmaps {
+					tw.qemu("qemu-img", "bitmap", "--add", "-g", "512", "x", "b0")
+				}
+				tw.qemu("qemu-io", "-c", "write -P 1 0 40M", "x")
+				before := tw.lengths("x")[1]
+				tw.same("resize", "--shrink", "x", "1M")
+				tw.alike("x", true)
+				// Tables that are written anew leave a gap of a few clusters.
+				_, cluster := sizes(t, filepath.Join(tw.dirs[0], "x"))
+				end := tw.lengths("x")
+				if t.Logf("%d bytes, then %d by qemu-img, %d by qimg", before, end[0], end[1]); end[1] > end[0]+8*cluster {
+					t.Error("qimg leaves more")
+				}
+			})
+		}
 	}
 }
 
