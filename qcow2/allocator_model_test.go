@@ -101,7 +101,7 @@ func (m *allocModel) onDisk() {
 func (m *allocModel) jump() {
 	blocks := int64(200) // more than a table of a cluster of 512 bytes has
 	if m.im.geo.clusterSize > 2048 {
-		blocks = 40
+		blocks = 10 // more than are kept of 2 MiB
 	}
 	m.im.w.alloc.cursor = m.rand.Int64N(min(blocks<<m.im.w.alloc.perBlock(), 1<<40>>m.im.geo.clusterBits))
 }
@@ -190,13 +190,13 @@ func TestAllocatorModel(t *testing.T) {
 		for width := 1; width <= 64; width *= 2 {
 			t.Run(fmt.Sprintf("%d-%d", cluster, width), func(t *testing.T) {
 				if testing.Short() && (width*int(cluster>>9))%3 != 1 {
-					t.Skip("one in two in a short run")
+					t.Skip("every other in a short run")
 				}
 				im, d := newWritable(t, 1<<20, FormatOptions{ClusterSize: cluster, RefcountBits: width})
 				defer im.Close()
 				seed := uint64(cluster)*100 + uint64(width)
 				m := &allocModel{t: t, im: im, rand: rand.New(rand.NewPCG(seed, 1)), refs: map[int64]uint64{}}
-				for range 50 {
+				for range 40 {
 					m.step(20)
 				}
 				if err := im.flush(); err != nil {
