@@ -146,7 +146,8 @@ func (a *allocator) keep(index int64, b *refcountBlock) error {
 
 // writeBlocks writes the blocks that have changed.
 func (a *allocator) writeBlocks() error {
-	for _, b := range a.blocks {
+	for _, index := range ascending(a.blocks) {
+		b := a.blocks[index]
 		if b.lo == b.hi {
 			continue
 		}

@@ -5,7 +5,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 
 	"qimg/qcow2/blockdev"
 )
@@ -441,8 +443,8 @@ func (im *Image) flush() error {
 		return nil
 	}
 	// What nothing on disk refers to.
-	for off, d := range w.dirty {
-		if d.fresh {
+	for _, off := range ascending(w.dirty) {
+		if d := w.dirty[off]; d.fresh {
 			if err := im.writeSlice(off, d); err != nil {
 				return err
 			}
@@ -470,13 +472,14 @@ func (im *Image) flush() error {
 	}
 	// What makes it the guest's.
 	if len(w.dirty) > 0 || len(w.dirtyL1) > 0 {
-		for off, d := range w.dirty {
+		for _, off := range ascending(w.dirty) {
+			d := w.dirty[off]
 			if err := im.writeSlice(off, d); err != nil {
 				return err
 			}
 			im.clean(off, d)
 		}
-		for sector := range w.dirtyL1 {
+		for _, sector := range ascending(w.dirtyL1) {
 			at := sector * sectorSize
 			end := min(at+sectorSize, int64(len(im.l1)))
 			if err := im.reserve(im.l1Off + end); err != nil {
@@ -502,6 +505,10 @@ func (im *Image) flush() error {
 	w.unsynced = false
 	return w.alloc.writeBlocks()
 }
+
+// ascending returns the keys of a map in order, so that the same changes are
+// written in the same order each time.
+func ascending[V any](m map[int64]V) []int64 { return slices.Sorted(maps.Keys(m)) }
 
 // clean notes that a slice is on disk. The cache may have read it again, before
 // it changed.
