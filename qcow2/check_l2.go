@@ -232,14 +232,6 @@ func (c *checker) parseTable(j *l2Job, v *l2Visit, b []byte) {
 	}
 }
 
-// entryIn returns the L2 entry at the start of b, with its subcluster bitmap.
-func (g *geometry) entryIn(b []byte) (entry, bitmap uint64) {
-	if g.extended {
-		bitmap = binary.BigEndian.Uint64(b[8:])
-	}
-	return binary.BigEndian.Uint64(b), bitmap
-}
-
 // holdsData reports whether an entry of a cluster that is neither compressed
 // nor unallocated says that there is guest data in it.
 func (g *geometry) holdsData(entry, bitmap uint64) bool {

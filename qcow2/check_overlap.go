@@ -129,21 +129,6 @@ func (c *checker) overlapL2(j *l2Job) error {
 	return nil
 }
 
-// named returns what part of the image file an L2 entry names.
-func (g *geometry) named(entry uint64) (kind PartKind, off, n int64) {
-	switch typ := g.clusterType(entry); {
-	case g.dataFile:
-	case typ == clusterCompressed:
-		off, n = g.compressed(entry)
-		return PartCompressed, off, n
-	case (typ == clusterNormal || typ == clusterZeroAlloc) && g.inCluster(entry&l2OffsetMask) != 0:
-		return PartOther, int64(entry & l2OffsetMask), g.clusterSize // of no use
-	case typ == clusterNormal || typ == clusterZeroAlloc:
-		return PartData, int64(entry & l2OffsetMask), g.clusterSize
-	}
-	return 0, 0, 0
-}
-
 // checkOverlaps tells of structures that overlap. Clusters in a row that the
 // same two lie in are one finding.
 func (c *checker) checkOverlaps() error {

@@ -16,6 +16,19 @@ const (
 	extensionHeaderSize = 8 // type and length of a header extension
 )
 
+// Offsets of header fields that are changed by themselves.
+const (
+	headerBackingFileOffset     = 8
+	headerBackingFileSize       = 16
+	headerL1TableOffset         = 40
+	headerRefcountTableOffset   = 48
+	headerRefcountTableClusters = 56
+	headerNbSnapshots           = 60
+	headerSnapshotsOffset       = 64
+	headerIncompatible          = 72
+	headerAutoclear             = 88
+)
+
 // Types of header extensions.
 const (
 	extEnd           = 0x00000000

@@ -1,5 +1,7 @@
 package qcow2
 
+import "encoding/binary"
+
 // Bits of L1 entries, L2 entries and refcount table entries.
 const (
 	l1EntrySize         = 8
@@ -122,4 +124,35 @@ func (g *geometry) compressed(entry uint64) (off, n int64) {
 	off = int64(entry & (1<<g.csizeShift - 1) & (1<<61 - 1))
 	sectors := int64(entry>>g.csizeShift&g.csizeMask) + 1
 	return off, sectors*compressedSectorSize - off&(compressedSectorSize-1)
+}
+
+// withCopied returns an L1 or L2 entry with the copied flag or without.
+func withCopied(entry uint64, set bool) uint64 {
+	if set {
+		return entry | oflagCopied
+	}
+	return entry &^ oflagCopied
+}
+
+// entryIn returns the L2 entry at the start of b, with its subcluster bitmap.
+func (g *geometry) entryIn(b []byte) (entry, bitmap uint64) {
+	if g.extended {
+		bitmap = binary.BigEndian.Uint64(b[8:])
+	}
+	return binary.BigEndian.Uint64(b), bitmap
+}
+
+// named returns what part of the image file an L2 entry names.
+func (g *geometry) named(entry uint64) (kind PartKind, off, n int64) {
+	switch typ := g.clusterType(entry); {
+	case g.dataFile:
+	case typ == clusterCompressed:
+		off, n = g.compressed(entry)
+		return PartCompressed, off, n
+	case (typ == clusterNormal || typ == clusterZeroAlloc) && g.inCluster(entry&l2OffsetMask) != 0:
+		return PartOther, int64(entry & l2OffsetMask), g.clusterSize // of no use
+	case typ == clusterNormal || typ == clusterZeroAlloc:
+		return PartData, int64(entry & l2OffsetMask), g.clusterSize
+	}
+	return 0, 0, 0
 }

@@ -8,17 +8,6 @@ import (
 	"qimg/qcow2/blockdev"
 )
 
-// Offsets of header fields that a repair changes.
-const (
-	headerL1TableOffset         = 40
-	headerRefcountTableOffset   = 48
-	headerRefcountTableClusters = 56
-	headerNbSnapshots           = 60
-	headerSnapshotsOffset       = 64
-	headerIncompatible          = 72
-	headerAutoclear             = 88
-)
-
 // apply does what is planned. Order: new tables, sync, header, sync.
 func (r *repairer) apply() error {
 	p := &r.res.Plan

@@ -166,13 +166,6 @@ func (r *repairer) copied(entry uint64) (flagged, refcount uint64) {
 	return entry, 0
 }
 
-func withCopied(entry uint64, set bool) uint64 {
-	if set {
-		return entry | oflagCopied
-	}
-	return entry &^ oflagCopied
-}
-
 // refcount returns what the refcount of the cluster at off will be.
 func (r *repairer) refcount(off int64) uint64 {
 	cluster := off >> r.im.geo.clusterBits

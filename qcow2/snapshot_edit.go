@@ -481,12 +481,8 @@ func (s *SnapshotTxn) giveUp(off, n int64) error {
 
 // freedEntry notes what an L2 entry refers to.
 func (s *SnapshotTxn) freedEntry(entry uint64) {
-	g := &s.im.geo
-	switch g.clusterType(entry) {
-	case clusterNormal, clusterZeroAlloc:
-		s.mayBeFree(int64(entry&l2OffsetMask), g.clusterSize)
-	case clusterCompressed:
-		s.mayBeFree(g.compressed(entry))
+	if _, off, n := s.im.geo.named(entry); n > 0 {
+		s.mayBeFree(off, n)
 	}
 }
 

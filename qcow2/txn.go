@@ -248,29 +248,12 @@ func (t *txn) settle() error {
 		if off == 0 {
 			continue
 		}
-		if err := t.ctx.Err(); err != nil {
+		if _, err := t.readL2(buf, entry); err != nil {
 			return err
 		}
-		if g.inCluster(uint64(off)) != 0 {
-			return &FormatError{"l1 entry", -1, "l2 table offset", fmt.Sprintf("%#x not aligned to %#x: run check", off, g.clusterSize), ErrCorrupt}
-		}
-		if err := readFull(im.dev, buf, off); err != nil {
-			return fmt.Errorf("qcow2: l2 table at %#x: %w", off, err)
-		}
-		changed := false
-		for at := int64(0); at < g.clusterSize; at += g.l2EntrySize {
-			e := binary.BigEndian.Uint64(buf[at:])
-			if e == 0 {
-				continue
-			}
-			settled, err := im.settledEntry(e, im.w.alloc)
-			if err != nil {
-				return err
-			}
-			if settled != e {
-				binary.BigEndian.PutUint64(buf[at:], settled)
-				changed = true
-			}
+		changed, err := im.settleFlags(buf)
+		if err != nil {
+			return err
 		}
 		if changed {
 			to, err := t.writeL2(buf)
@@ -286,10 +269,7 @@ func (t *txn) settle() error {
 		if err != nil {
 			return err
 		}
-		t.l1[i] = uint64(off)
-		if n == 1 {
-			t.l1[i] |= oflagCopied
-		}
+		t.l1[i] = withCopied(uint64(off), n == 1)
 	}
 	return nil
 }
@@ -496,8 +476,8 @@ func (im *Image) bridgeHeader(h *Header, end int64) error {
 		} else if err := blockdev.Sync(im.w.dev); err != nil {
 			return err
 		}
-		binary.BigEndian.PutUint64(b[8:], uint64(at))
-		binary.BigEndian.PutUint32(b[16:], uint32(len(h.BackingFile)))
+		binary.BigEndian.PutUint64(b[headerBackingFileOffset:], uint64(at))
+		binary.BigEndian.PutUint32(b[headerBackingFileSize:], uint32(len(h.BackingFile)))
 	}
 	if len(b) > sectorSize {
 		return errHeaderRoom(h)

@@ -323,7 +323,7 @@ func (im *Image) newL2(from int64) (int64, error) {
 				return 0, fmt.Errorf("qcow2: l2 table at %#x: %w", from, err)
 			}
 			copy(b, old)
-			if err := im.settleFlags(b, im.w.alloc); err != nil {
+			if _, err := im.settleFlags(b); err != nil {
 				return 0, err
 			}
 		}
@@ -333,25 +333,25 @@ func (im *Image) newL2(from int64) (int64, error) {
 	return to, nil
 }
 
-// settleFlags makes the copied flags of L2 entries agree with the refcounts.
-// Those of other tables need not.
-func (im *Image) settleFlags(b []byte, a *allocator) error {
-	g := &im.geo
-	for i := int64(0); i < int64(len(b)); i += g.l2EntrySize {
+// settleFlags makes the copied flags of L2 entries agree with the refcounts,
+// and reports whether one has changed.
+func (im *Image) settleFlags(b []byte) (changed bool, err error) {
+	for i := int64(0); i < int64(len(b)); i += im.geo.l2EntrySize {
 		entry := binary.BigEndian.Uint64(b[i:])
-		settled, err := im.settledEntry(entry, a)
+		settled, err := im.settledEntry(entry)
 		if err != nil {
-			return err
+			return false, err
 		}
 		if settled != entry {
 			binary.BigEndian.PutUint64(b[i:], settled)
+			changed = true
 		}
 	}
-	return nil
+	return changed, nil
 }
 
 // settledEntry returns an L2 entry with the copied flag that its refcount asks for.
-func (im *Image) settledEntry(entry uint64, a *allocator) (uint64, error) {
+func (im *Image) settledEntry(entry uint64) (uint64, error) {
 	g := &im.geo
 	if entry == 0 {
 		return 0, nil
@@ -359,14 +359,8 @@ func (im *Image) settledEntry(entry uint64, a *allocator) (uint64, error) {
 	if typ := g.clusterType(entry); g.dataFile || typ != clusterNormal && typ != clusterZeroAlloc {
 		return entry, nil
 	}
-	n, err := a.get(int64(entry&l2OffsetMask) >> g.clusterBits)
-	if err != nil {
-		return 0, err
-	}
-	if n == 1 {
-		return entry | oflagCopied, nil
-	}
-	return entry &^ oflagCopied, nil
+	n, err := im.w.alloc.get(int64(entry&l2OffsetMask) >> g.clusterBits)
+	return withCopied(entry, n == 1), err
 }
 
 // setL1 changes an entry of the active L1 table.
@@ -393,13 +387,7 @@ func (im *Image) set(p l2Place, entry, bitmap uint64) {
 }
 
 // entry returns the entry at p, with its subcluster bitmap.
-func (im *Image) entry(p l2Place) (entry, bitmap uint64) {
-	entry = binary.BigEndian.Uint64(p.slice[p.at:])
-	if im.geo.extended {
-		bitmap = binary.BigEndian.Uint64(p.slice[p.at+8:])
-	}
-	return entry, bitmap
-}
+func (im *Image) entry(p l2Place) (entry, bitmap uint64) { return im.geo.entryIn(p.slice[p.at:]) }
 
 // free gives up a reference to each cluster that n bytes at off lie in, after
 // the next flush.
@@ -418,12 +406,8 @@ func (im *Image) freeEntry(entry uint64, discard bool) {
 	if g.dataFile {
 		return
 	}
-	switch g.clusterType(entry) {
-	case clusterNormal, clusterZeroAlloc:
-		im.free(int64(entry&l2OffsetMask), g.clusterSize, discard)
-	case clusterCompressed:
-		off, n := g.compressed(entry)
-		im.free(off, n, false)
+	if kind, off, n := g.named(entry); n > 0 {
+		im.free(off, n, discard && kind != PartCompressed)
 	}
 }
 
