@@ -402,7 +402,7 @@ func (tr *Trial) do(name string, op func() error, refusable bool) {
 	err := op()
 	var option OptionError
 	var bitmap *BitmapError
-	if refusable && (errors.As(err, &option) || errors.As(err, &bitmap) || errors.Is(err, ErrLimit) || errors.Is(err, ErrNotFound)) {
+	if refusable && (errors.As(err, &option) || errors.As(err, &bitmap) || errors.Is(err, ErrLimit) || errors.Is(err, ErrNotFound) || errors.Is(err, ErrBitmaps)) {
 		if rest := tr.below().rest; rest != before {
 			tr.t.Fatalf("%s: %v, and the image has changed:\n%sbefore:\n%s", name, err, rest, before)
 		}
