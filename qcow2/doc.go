@@ -14,11 +14,11 @@
 // names), internal snapshots, and bitmaps, which record what is written. Images
 // with the dirty or the corrupt bit are read; before it is written one with the
 // dirty bit is repaired, and one with the corrupt bit is refused. The dirty bit
-// is never set: refcounts are kept right also with lazy refcounts. Encrypted images (legacy AES, LUKS
-// version 1 with AES) are opened and checked, and read and written with the passphrase that
-// OpenOptions.Secret gives; without it their guest data is refused with
-// ErrEncrypted. Other ciphers than AES are refused by name, and so are unknown
-// incompatible features.
+// is never set: refcounts are kept right also with lazy refcounts. Encrypted
+// images (legacy AES, LUKS version 1 with AES) are opened and checked, and read
+// and written with the passphrase that OpenOptions.Secret gives; without it their
+// guest data is refused with ErrEncrypted. Other ciphers than AES are refused by
+// name, and so are unknown incompatible features.
 //
 // An image can name other files, its backing file and its data file. They are
 // opened only with BackingFollow, which is for images whose names can be

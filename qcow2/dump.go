@@ -27,24 +27,16 @@ type Dump struct {
 // NewDump reads the header of the image in dev. An error means that it has no
 // header, or none that says how large clusters are.
 func NewDump(ctx context.Context, dev blockdev.Reader) (*Dump, error) {
-	prefix := make([]byte, headerSizeV2)
-	if err := readFull(dev, prefix, 0); err != nil {
-		return nil, fmt.Errorf("qcow2: header: %w", err)
-	}
-	h, err := parsePrefix(prefix)
+	b, err := readFirstCluster(dev)
 	if err != nil {
 		return nil, err
 	}
-	b, err := readTable(dev, 0, h.ClusterSize())
-	if err != nil {
-		return nil, fmt.Errorf("qcow2: header: %w", err)
+	if n := len(b); n < headerSizeV2 {
+		b = append(b, make([]byte, headerSizeV2-n)...)
 	}
 	d := &Dump{ctx: ctx, dev: dev}
-	if len(b) < headerSizeV2 {
-		b = prefix
-	}
 	d.header, d.err = parseHeader(b)
-	h = d.header
+	h := d.header
 	h.RefcountOrder = min(h.RefcountOrder, maxRefcountOrder)
 	d.geo = h.geometry()
 	return d, nil

@@ -5,8 +5,11 @@ import (
 	"fmt"
 )
 
-// Errors of this package match one of these by errors.Is. An error of the
-// device below matches none of them.
+// Errors that are about an image match one of these by errors.Is. What else
+// there is: an OptionError of options that the image cannot have, a BitmapError,
+// ErrRebuild, ErrBitmaps, ErrNotPlanned, those of package blockdev (ErrRange,
+// ErrReadOnly, LockError), os.ErrClosed, and the error of a context. An error
+// of the device below matches none of them.
 var (
 	// ErrFormat: the file is not a qcow2 image.
 	ErrFormat = errors.New("not a qcow2 image")

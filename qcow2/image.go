@@ -63,10 +63,10 @@ type OpenOptions struct {
 	// Secret, if set, gives the passphrase of an encrypted image. It is called
 	// when one is opened, so once for each encrypted image of a chain. Nil, and
 	// a nil passphrase, leave the guest data locked: reading it is
-	// ErrEncrypted; its errors are those of opening. A passphrase that does not fit makes opening fail with
-	// ErrPassphrase; that of legacy AES cannot be checked. The time that LUKS
-	// takes by design grows with the iterations that the image names, up to
-	// the limit of about a minute.
+	// ErrEncrypted; its errors are those of opening. A passphrase that does not
+	// fit makes opening fail with ErrPassphrase; that of legacy AES cannot be
+	// checked. The time that LUKS takes by design grows with the iterations that
+	// the image names, up to the limit of about a minute.
 	Secret func(SecretRequest) ([]byte, error)
 	// OpenFormat, if set, opens backing files of formats other than qcow2 and
 	// raw. If it succeeds the reader takes over f: where it is an io.Closer,
@@ -145,8 +145,8 @@ type shared struct {
 	files    []os.FileInfo // of the images opened so far
 }
 
-// Open opens an image file for reading, and the files that it names as
-// opts.Backing says. The image may have its dirty or its corrupt bit set.
+// Open opens an image file, and the files that it names as opts.Backing says.
+// For reading the image may have its dirty or its corrupt bit set.
 func Open(path string, opts *OpenOptions) (*Image, error) {
 	s := newShared(opts)
 	f, err := s.openFile(path, s.opts.Write)
@@ -163,9 +163,9 @@ func Open(path string, opts *OpenOptions) (*Image, error) {
 }
 
 // New opens an image that lies in dev, as Open does. With opts.Write dev has to
-// be a blockdev.Device, and a blockdev.Truncater for the image to grow. Other files are looked
-// for where dev lies if it is a *blockdev.File, and cannot be opened
-// otherwise. Close does not close dev.
+// be a blockdev.Device, and a blockdev.Truncater for the image to grow. Other
+// files are looked for where dev lies if it is a *blockdev.File, and cannot be
+// opened otherwise. Close does not close dev.
 func New(dev blockdev.Reader, opts *OpenOptions) (*Image, error) {
 	s := newShared(opts)
 	return s.open(dev, reference{}, false, s.opts.Write)
@@ -189,8 +189,7 @@ func (s *shared) openFile(path string, write bool) (*blockdev.File, error) {
 }
 
 // open opens the next image of the chain, which the one above names by ref. On
-// error it closes what it opened,
-// not dev.
+// error it closes what it opened, not dev.
 func (s *shared) open(dev blockdev.Reader, ref reference, probed, write bool) (*Image, error) {
 	im := &Image{dev: dev, shared: s, id: len(s.files), probed: probed, writes: write}
 	if err := s.enter(dev); err != nil {
@@ -261,17 +260,9 @@ func (s *shared) enter(dev blockdev.Reader) error {
 }
 
 func (im *Image) readHeader() error {
-	prefix := make([]byte, headerSizeV2)
-	if err := readFull(im.dev, prefix, 0); err != nil {
-		return fmt.Errorf("qcow2: header: %w", err)
-	}
-	h, err := parsePrefix(prefix)
+	b, err := readFirstCluster(im.dev)
 	if err != nil {
 		return err
-	}
-	b, err := readTable(im.dev, 0, h.ClusterSize())
-	if err != nil {
-		return fmt.Errorf("qcow2: header: %w", err)
 	}
 	if im.header, err = parseHeader(b); err != nil {
 		return err
@@ -280,6 +271,23 @@ func (im *Image) readHeader() error {
 	// The guest sees whole sectors; parseHeader bounds Size by the L1 table.
 	im.size = int64(im.header.Size) &^ 511
 	return nil
+}
+
+// readFirstCluster returns the cluster of the header, as far as the file goes.
+func readFirstCluster(dev blockdev.Reader) ([]byte, error) {
+	prefix := make([]byte, headerSizeV2)
+	if err := readFull(dev, prefix, 0); err != nil {
+		return nil, fmt.Errorf("qcow2: header: %w", err)
+	}
+	h, err := parsePrefix(prefix)
+	if err != nil {
+		return nil, err
+	}
+	b, err := readTable(dev, 0, h.ClusterSize())
+	if err != nil {
+		return nil, fmt.Errorf("qcow2: header: %w", err)
+	}
+	return b, nil
 }
 
 func (im *Image) useSnapshot(sn *Snapshot) error {

@@ -143,13 +143,13 @@ func (p *RepairPlan) String() string {
 // overlap, what can be moved gets a place of its own; guest clusters are copied.
 //
 // While tables cannot be read that may refer to clusters (L1, L2 or bitmap
-// tables in impossible places), leaked clusters
-// are left alone: they may be what is missing.
+// tables in impossible places), leaked clusters are left alone: they may be what
+// is missing.
 //
 // Nothing that the old state refers to is overwritten: all new tables are
-// written behind the last cluster of the file that is in use. Order: new tables and copies, sync, the
-// first 512 bytes of the header, sync. A crash leaves the image as it was or
-// repaired. dev has to be a blockdev.Device unless DryRun is set, and a
+// written behind the last cluster of the file that is in use. Order: new tables
+// and copies, sync; the first 512 bytes of the header, sync. A crash leaves the
+// image as it was or repaired. dev has to be a blockdev.Device unless DryRun is set, and a
 // blockdev.Truncater where the file has to grow.
 //
 // Memory and time are those of Check, and 60 bytes for each L2 table that

@@ -82,7 +82,7 @@ func (r *repairer) zero(off, n int64) error {
 	return nil
 }
 
-// writeTables writes all that is new behind the end of the file.
+// writeTables writes all that is new, behind the last cluster in use.
 func (r *repairer) writeTables() error {
 	p, g := &r.res.Plan, &r.im.geo
 	if size := r.dev.Size(); p.Size > size {
@@ -231,26 +231,21 @@ func (r *repairer) writeRefcounts(buf []byte) error {
 // table that is over the limits if that is to be repaired.
 func (r *repairer) open() error {
 	im := r.im
-	prefix := make([]byte, headerSizeV2)
-	if err := readFull(im.dev, prefix, 0); err != nil {
-		return fmt.Errorf("qcow2: header: %w", err)
-	}
-	h, err := parsePrefix(prefix)
+	b, err := readFirstCluster(im.dev)
 	if err != nil {
 		return err
 	}
-	b, err := readTable(im.dev, 0, h.ClusterSize())
-	if err != nil {
-		return fmt.Errorf("qcow2: header: %w", err)
-	}
-	if n := binary.BigEndian.Uint32(prefix[headerNbSnapshots:]); r.all && n > maxSnapshots && len(b) >= headerSizeV2 {
-		r.dropped(int64(n - maxSnapshots))
-		binary.BigEndian.PutUint32(b[headerNbSnapshots:], maxSnapshots)
-	}
-	noTable := r.all && len(b) >= headerSizeV2 && binary.BigEndian.Uint32(b[headerRefcountTableClusters:]) == 0
-	if noTable {
-		binary.BigEndian.PutUint32(b[headerRefcountTableClusters:], 1)
-		binary.BigEndian.PutUint64(b[headerRefcountTableOffset:], 0)
+	noTable := false
+	if r.all && len(b) >= headerSizeV2 {
+		// parseHeader refuses these.
+		if n := binary.BigEndian.Uint32(b[headerNbSnapshots:]); n > maxSnapshots {
+			r.dropped(int64(n - maxSnapshots))
+			binary.BigEndian.PutUint32(b[headerNbSnapshots:], maxSnapshots)
+		}
+		if noTable = binary.BigEndian.Uint32(b[headerRefcountTableClusters:]) == 0; noTable {
+			binary.BigEndian.PutUint32(b[headerRefcountTableClusters:], 1)
+			binary.BigEndian.PutUint64(b[headerRefcountTableOffset:], 0)
+		}
 	}
 	if im.header, err = parseHeader(b); err != nil {
 		return err

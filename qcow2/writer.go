@@ -372,8 +372,9 @@ func (w *Writer) Abort() {
 }
 
 // Finish writes what is left and then the header, unless an earlier call has
-// failed: see Writer. No other call may be under way. Planned clusters that were never written read as zeroes; with
-// compression they stay unallocated, so that a backing file shows through.
+// failed: see Writer. No other call may be under way. Planned clusters that were
+// never written read as zeroes; with compression they stay unallocated, so that
+// a backing file shows through.
 func (w *Writer) Finish() error {
 	if err := w.usable(); err != nil {
 		return err
