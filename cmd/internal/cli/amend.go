@@ -52,7 +52,7 @@ func newAmend(host Host) *cobra.Command {
 	return cmd
 }
 
-func runAmend(ctx context.Context, host Host, o *amendOptions, args []string) error {
+func runAmend(ctx context.Context, host Host, o *amendOptions, args []string) (err error) {
 	list := o.options.String()
 	switch {
 	case len(o.options) == 0:
@@ -76,7 +76,7 @@ func runAmend(ctx context.Context, host Host, o *amendOptions, args []string) er
 	if err != nil {
 		return couldNotOpen(args[0], err)
 	}
-	defer img.close()
+	defer img.closeTo(&err)
 	if wantsHelp(list) || img.qcow2 == nil {
 		return amendHelp(host, img.format)
 	}

@@ -82,7 +82,7 @@ func (g *granularity) String() string { return fmt.Sprint(int64(*g)) }
 
 func (g *granularity) Type() string { return "SIZE" }
 
-func runBitmap(ctx context.Context, host Host, o *bitmapOptions, args []string) error {
+func runBitmap(ctx context.Context, host Host, o *bitmapOptions, args []string) (err error) {
 	given := map[string]bool{}
 	for _, a := range o.actions {
 		given[a.op] = true
@@ -104,7 +104,7 @@ func runBitmap(ctx context.Context, host Host, o *bitmapOptions, args []string) 
 	if err != nil {
 		return couldNotOpen(args[0], err)
 	}
-	defer img.close()
+	defer img.closeTo(&err)
 	src := img
 	if o.source != "" {
 		src, err = openImage(o.source, &openOptions{format: o.sourceFormat, secrets: o.open.secrets, host: host})

@@ -68,9 +68,7 @@ func runCommit(cmd *cobra.Command, host Host, o *commitOptions, args []string) e
 	if cmd.Context().Err() != nil {
 		err = cmd.Context().Err()
 	}
-	if e := img.close(); err == nil {
-		err = e
-	}
+	img.closeTo(&err)
 	p.end(err == nil)
 	if err == nil && !o.quiet {
 		fmt.Fprintln(host.Out, "Image committed.")

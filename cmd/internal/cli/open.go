@@ -112,6 +112,14 @@ func (img *image) close() error {
 	return errors.Join(errs...)
 }
 
+// closeTo closes the image after work that ended with *err. What Close says is
+// the error where there is none.
+func (img *image) closeTo(err *error) {
+	if e := img.close(); *err == nil {
+		*err = e
+	}
+}
+
 // reader returns the disk.
 func (img *image) reader() blockdev.Reader {
 	if img.qcow2 != nil {

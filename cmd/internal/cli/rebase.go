@@ -85,11 +85,7 @@ func rebase(ctx context.Context, o *rebaseOptions, name string, p *progress) (er
 	if err != nil {
 		return layers.openError(name, err)
 	}
-	defer func() {
-		if e := img.close(); err == nil {
-			err = e
-		}
-	}()
+	defer img.closeTo(&err)
 	if f := o.backingFormat; f != "" && checkDriver(f) != nil && !slices.Contains(qemuDrivers(), f) {
 		return messagef("Invalid format name: '%s'", o.backingFormat)
 	}

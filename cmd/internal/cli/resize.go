@@ -53,7 +53,7 @@ func (p *preallocationFlag) Set(value string) (err error) {
 
 func (p *preallocationFlag) Type() string { return "MODE" }
 
-func runResize(ctx context.Context, host Host, o *resizeOptions, args []string) error {
+func runResize(ctx context.Context, host Host, o *resizeOptions, args []string) (err error) {
 	if len(args) != 2 {
 		return usagef("Expecting image file name and size")
 	}
@@ -74,7 +74,7 @@ func runResize(ctx context.Context, host Host, o *resizeOptions, args []string) 
 	if err != nil {
 		return couldNotOpen(name, err)
 	}
-	defer img.close()
+	defer img.closeTo(&err)
 	n, current := int64(l.uint("size")), img.size()
 	if sign != 0 {
 		n = current + sign*n

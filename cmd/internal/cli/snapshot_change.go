@@ -192,7 +192,7 @@ func (r contextReader) Read(p []byte) (int, error) {
 }
 
 // changeSnapshots does the steps to all images or to none.
-func changeSnapshots(ctx context.Context, o *snapshotOptions, names []string, steps []snapshotStep) error {
+func changeSnapshots(ctx context.Context, o *snapshotOptions, names []string, steps []snapshotStep) (err error) {
 	o.open.write = true
 	of := func(i int, err error) error {
 		if err == nil || len(names) == 1 || ctx.Err() != nil {
@@ -202,11 +202,11 @@ func changeSnapshots(ctx context.Context, o *snapshotOptions, names []string, st
 	}
 	var images []*image
 	for _, name := range names {
-		img, err := openImage(name, &o.open)
-		if err != nil {
-			return couldNotOpen(name, err)
+		img, openErr := openImage(name, &o.open)
+		if openErr != nil {
+			return couldNotOpen(name, openErr)
 		}
-		defer img.close()
+		defer img.closeTo(&err)
 		images = append(images, img)
 	}
 	var txns []*qcow2.SnapshotTxn
@@ -250,7 +250,6 @@ func changeSnapshots(ctx context.Context, o *snapshotOptions, names []string, st
 			return of(i, o.error(err))
 		}
 	}
-	// What is left to be written by Close is nothing.
 	return nil
 }
 
