@@ -15,6 +15,9 @@ var (
 	ErrFormat = errors.New("not a qcow2 image")
 	// ErrCorrupt: a field of the image says what cannot be true.
 	ErrCorrupt = errors.New("image is corrupt")
+	// ErrMarkedCorrupt: the image has its corrupt bit set and was to be opened
+	// for writing. It matches ErrCorrupt too.
+	ErrMarkedCorrupt = fmt.Errorf("the corrupt bit is set: it can only be read until check -r all has repaired it: %w", ErrCorrupt)
 	// ErrUnsupported: the image uses something that this package does not know.
 	ErrUnsupported = errors.New("unsupported feature")
 	// ErrEncrypted: guest data of an encrypted image was asked for, and

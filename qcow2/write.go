@@ -64,7 +64,7 @@ func (im *Image) openWrite() error {
 	}
 	h := &im.header
 	if h.IncompatibleFeatures&IncompatCorrupt != 0 {
-		return headerError(ErrCorrupt, "incompatible_features", "has the corrupt bit: the image can only be read; check -r all repairs it")
+		return fmt.Errorf("qcow2: %w", ErrMarkedCorrupt)
 	}
 	if h.IncompatibleFeatures&IncompatDirty != 0 {
 		if err := im.repairDirty(context.Background()); err != nil {

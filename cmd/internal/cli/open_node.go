@@ -285,6 +285,8 @@ func qcow2Error(err error) error {
 	switch {
 	case errors.Is(err, qcow2.ErrFormat):
 		err = messagef("Image is not in qcow2 format")
+	case errors.Is(err, qcow2.ErrMarkedCorrupt):
+		err = messagef("qcow2: Image is corrupt; cannot be opened read/write")
 	case errors.Is(err, qcow2.ErrPassphrase):
 		err = messagef("Invalid password, cannot unlock any keyslot")
 	case named:

@@ -49,6 +49,22 @@ func (w twins) io(commands ...string) {
 	}
 }
 
+// apply applies a snapshot. qemu-img counts what is new before it gives up what
+// is old, which narrow refcounts do not allow: ok is false where it fails so.
+func (w twins) apply(tag string) (ok bool) {
+	w.t.Helper()
+	got := run(w.t, "snapshot", "-a", tag, w.ours)
+	want := oracle.Run(w.t, "qemu-img", "snapshot", "-a", tag, w.theirs)
+	if got.Code == 0 && strings.HasSuffix(want.Stderr, "Failed to load snapshot: Invalid argument\n") {
+		return false
+	}
+	want.Stderr = strings.ReplaceAll(want.Stderr, w.theirs, w.ours)
+	if diff := cmp.Diff(want, got); diff != "" {
+		w.t.Fatalf("apply: -qemu-img +qimg\n%s", diff)
+	}
+	return true
+}
+
 var snapshotDate = regexp.MustCompile(` \d{4}-\d\d-\d\d \d\d:\d\d:\d\d`)
 
 // same checks ours, and compares it with theirs: the list of snapshots but for
@@ -89,10 +105,14 @@ func snapshotSums(t *testing.T, file string) (sums []string) {
 			t.Fatal(err)
 		}
 		h := sha256.New()
+		end := int64(0) // of the data before
 		for off := int64(0); off < sn.Size(); {
 			e, err := sn.NextExtent(off)
 			if err == nil && !e.Kind.ReadsZero() {
-				fmt.Fprintln(h, off, e.Len)
+				if off > end || off == 0 {
+					fmt.Fprintln(h, off)
+				}
+				end = off + e.Len
 				_, err = io.Copy(h, io.NewSectionReader(sn, off, e.Len))
 			}
 			if err != nil {
@@ -176,7 +196,10 @@ func TestSnapshotZoo(t *testing.T) {
 			w.do("snapshot", "-a", "1")
 			w.do("snapshot", "-d", "x")
 			w.do("snapshot", "-c", "2")
-			w.do("snapshot", "-a", "2")
+			if !w.apply("2") {
+				oracle.MustRun(t, "qemu-img", "check", w.ours)
+				return
+			}
 			w.same()
 			w.do("snapshot", "-d", "new one")
 			w.do("snapshot", "-d", "2")
@@ -206,14 +229,14 @@ func randomSnapshots(t *testing.T, r *rand.Rand) {
 	if !strings.Contains(format, "cluster_size") {
 		format += ",cluster_size=" + pick("512", "4k", "64k", "2M")
 	}
-	const size = 3 << 20
+	const size = 4 << 20
 	at := func() string { return fmt.Sprintf("%d %d", r.IntN(size/512)*512/2, 512*(1+r.IntN(300))) }
 	w := twins{t, "ours.qcow2", "theirs.qcow2"}
 	os.Remove("base")
 	create := []string{"create", "-q", "-f", "qcow2", "-o", format}
 	if r.IntN(3) == 0 {
 		oracle.MustRun(t, "qemu-img", append(create, "base", fmt.Sprint(size/2))...)
-		oracle.MustRun(t, "qemu-io", "-c", "write -P 200 "+at(), "base")
+		oracle.MustRun(t, "qemu-io", "-c", "write -P 200 0 "+fmt.Sprint(512*(1+r.IntN(size/1024))), "base")
 		create = append(create, "-b", "base", "-F", "qcow2")
 	}
 	for _, name := range []string{w.ours, w.theirs} {
@@ -239,14 +262,9 @@ func randomSnapshots(t *testing.T, r *rand.Rand) {
 				oracle.Run(t, "qemu-img", "check", "-r", "all", w.theirs) // which leaks
 			}
 		case 2:
-			tag := pick(tags...)
-			got := run(t, "snapshot", "-a", tag, w.ours)
-			want := oracle.Run(t, "qemu-img", "snapshot", "-a", tag, w.theirs)
-			if got.Code != want.Code {
-				t.Fatalf("apply: %v, qemu-img %v", got, want)
-			}
-			if got.Code != 0 {
-				oracle.Run(t, "qemu-img", "check", "-r", "all", w.theirs)
+			if !w.apply(pick(tags...)) {
+				oracle.MustRun(t, "qemu-img", "check", w.ours)
+				return
 			}
 		case 3:
 			w.do("snapshot", "-d", pick(tags...))
