@@ -319,7 +319,7 @@ func (r *randomImage) changeSnapshots(ours bool) {
 		case !exists && 1<<r.o.RefcountBits > 2+len(r.snapshots):
 			flag = "-c"
 			r.snapshots[name] = bytes.Clone(r.want)
-		case exists && r.rand.IntN(2) == 0:
+		case exists && 1<<r.o.RefcountBits > 2+len(r.snapshots) && r.rand.IntN(2) == 0: // takes one reference more for a while
 			flag = "-a"
 			r.want = bytes.Clone(content) // of the size that it had
 		case exists:
@@ -358,7 +358,11 @@ func (r *randomImage) resize(ours bool) {
 	if r.rand.IntN(3) > 0 || r.o.Version == 2 && len(r.snapshots) > 0 {
 		return
 	}
-	size := 512 * (1 + r.rand.Int64N(int64(len(r.want))*3/2/512+1))
+	// Whole clusters: what QEMU adds to a part of one, it does not clear.
+	size := (1 + r.rand.Int64N(int64(len(r.want))*3/2) + r.o.ClusterSize) / r.o.ClusterSize * r.o.ClusterSize
+	if r.o.Version == 2 && r.o.BackingFile != "" {
+		ours = true // QEMU cannot hide the backing file
+	}
 	if size < int64(len(r.want)) {
 		r.want = r.want[:size:size]
 	} else {
