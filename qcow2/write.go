@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"slices"
+	"syscall"
 
 	"qimg/qcow2/blockdev"
 )
@@ -121,7 +122,9 @@ func (im *Image) reserve(end int64) error {
 	if !ok {
 		return fmt.Errorf("qcow2: the image needs %d bytes, the device has %d and cannot grow: %w", end, im.w.dev.Size(), errors.ErrUnsupported)
 	}
-	if err := t.Truncate(end); err != nil {
+	if err := t.Truncate(end); errors.Is(err, errors.ErrUnsupported) {
+		return im.fail(fmt.Errorf("qcow2: the image needs %d bytes, and the device has %d: %w", end, im.w.dev.Size(), syscall.ENOSPC))
+	} else if err != nil {
 		return im.fail(fmt.Errorf("qcow2: grow the image file to %d bytes: %w", end, err))
 	}
 	return nil

@@ -12,6 +12,9 @@ var (
 	// ErrReadOnly means that a device takes no writes: it was opened for
 	// reading, or an earlier write or sync failed.
 	ErrReadOnly = errors.New("read-only")
+	// ErrNotWritable means that a block device takes no writes, although it may
+	// be opened for them.
+	ErrNotWritable = errors.New("the device is not writable")
 	// ErrRange means that an offset is negative, or that a request reaches
 	// beyond the end of the device.
 	ErrRange = errors.New("outside the device")

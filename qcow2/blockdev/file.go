@@ -88,6 +88,9 @@ func NewFile(f *os.File, opts *FileOptions) (*File, error) {
 	if err := checkKind(f.Name(), st.Mode()); err != nil {
 		return nil, err
 	}
+	if opts.Write && !st.Mode().IsRegular() && readOnlyDevice(f) {
+		return nil, fmt.Errorf("%s: %w", f.Name(), ErrNotWritable)
+	}
 	d := &File{f: f, name: f.Name(), writable: opts.Write, regular: st.Mode().IsRegular()}
 	if !opts.NoLock {
 		mode := lockReader

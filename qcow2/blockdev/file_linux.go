@@ -25,6 +25,17 @@ func control(f *os.File, fn func(fd int) error) error {
 	return ferr
 }
 
+// readOnlyDevice reports whether a block device takes no writes, although it
+// can be opened for them.
+func readOnlyDevice(f *os.File) bool {
+	ro := 0
+	err := control(f, func(fd int) (err error) {
+		ro, err = unix.IoctlGetInt(fd, unix.BLKROGET)
+		return err
+	})
+	return err == nil && ro != 0
+}
+
 func ignoringEINTR(fn func() error) error {
 	for {
 		if err := fn(); err != unix.EINTR {

@@ -9,6 +9,7 @@ import (
 
 const openFlags = 0
 
+func readOnlyDevice(*os.File) bool                   { return false }
 func syncData(f *os.File) error                      { return f.Sync() }
 func punch(*os.File, int64, int64) error             { return errors.ErrUnsupported }
 func allocate(*os.File, int64, int64) error          { return errors.ErrUnsupported }

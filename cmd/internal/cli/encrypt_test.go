@@ -126,8 +126,17 @@ func TestEncryptErrors(t *testing.T) {
 		"map --object secret,id=s,data=wrong --image-opts " + open + "aes-legacy.qcow2",
 		"map --object secret,id=s,data=zoo-secret --image-opts " + open + "luks-2keys.qcow2",
 		"map --object secret,id=s,file=bad --image-opts " + open + "luks.qcow2",
+		"check --object secret,id=s,data=zoo-secret --image-opts encrypt.format=aes," + open + "luks.qcow2",
+		"check --object secret,id=s,data=zoo-secret --image-opts encrypt.format=luks," + open + "luks.qcow2",
+		"check --object secret,id=s,data=zoo-secret --image-opts encrypt.format=luks," + open + "aes-legacy.qcow2",
+		"check --object secret,id=s,data=zoo-secret --image-opts encrypt.format=luks," + open + "v3-plain.qcow2",
 	} {
 		same(t, strings.Fields(line)...)
+	}
+	// A backing file whose name tells a secret is looked at without it.
+	over := `json:{"driver":"qcow2","encrypt.key-secret":"s","file.filename":"` + dir + `/luks.qcow2"}`
+	for _, object := range []string{"secret,id=s,data=zoo-secret", "secret,id=s,data=wrong", "secret,id=x,data=zoo-secret"} {
+		same(t, "create", "-f", "qcow2", "--object", object, "-b", over, "-F", "qcow2", "x")
 	}
 }
 

@@ -11,10 +11,22 @@ import (
 func (o *openOptions) addFlags(f *pflag.FlagSet, host Host) {
 	o.host = host
 	o.secrets = &secrets{out: host.Out}
-	f.StringVarP(&o.format, "format", "f", "", "format of the image: raw or qcow2 (default: found by its first bytes)")
+	f.VarP((*formatValue)(o), "format", "f", "format of the image: raw or qcow2 (default: found by its first bytes)")
 	f.BoolVar(&o.imageOpts, "image-opts", false, "the image is named by options: driver=qcow2,file.filename=...")
 	f.Var(o.secrets, "object", "make an object: secret,id=NAME,data=TEXT or secret,id=NAME,file=FILE")
 }
+
+// formatValue is -f. An empty one is a format that there is not: what a script
+// leaves out by mistake is not probed.
+type formatValue openOptions
+
+func (v *formatValue) Set(s string) error {
+	v.format, v.hasFormat = s, true
+	return nil
+}
+
+func (v *formatValue) String() string { return v.format }
+func (v *formatValue) Type() string   { return "string" }
 
 // addForceShare adds -U.
 func (o *openOptions) addForceShare(f *pflag.FlagSet) {

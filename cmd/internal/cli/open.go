@@ -15,14 +15,15 @@ import (
 
 // openOptions says how an image is opened.
 type openOptions struct {
-	format    string // "": found by the first bytes
+	format    string // "": found by the first bytes, unless hasFormat
+	hasFormat bool   // a format was given, an empty one too
 	imageOpts bool   // the image is named by options
 	// forceShare looks at an image that a running machine uses.
 	forceShare bool
 	// chain opens the backing and data files too.
 	chain bool
-	// locked needs no passphrase of an encrypted image where none is named: the
-	// guest data stays locked.
+	// locked needs no passphrase of an encrypted image where none is named, or
+	// where there are no secrets: the guest data stays locked.
 	locked bool
 	// write opens the image for writing, and warns of a raw image whose format
 	// was not given.
@@ -68,7 +69,7 @@ func openImage(arg string, o *openOptions) (*image, error) {
 	opts := blockOptions{}
 	name := &arg
 	switch {
-	case o.imageOpts && o.format != "":
+	case o.imageOpts && (o.format != "" || o.hasFormat):
 		return nil, &bareError{messagef("--image-opts and --format are mutually exclusive")}
 	case o.imageOpts:
 		var err error
@@ -79,7 +80,7 @@ func openImage(arg string, o *openOptions) (*image, error) {
 		if share, ok := opts["force-share"]; ok && share != "on" && o.forceShare {
 			return nil, &bareError{messagef("--force-share/-U conflicts with image options")}
 		}
-	case o.format != "":
+	case o.format != "", o.hasFormat:
 		opts["driver"] = o.format
 	}
 	n := &opening{openOptions: o, write: o.write, forceShare: o.forceShare}

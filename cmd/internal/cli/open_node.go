@@ -228,7 +228,7 @@ func (o *opening) openQcow2(img, file *image, opts blockOptions, noBacking bool)
 			if r.Depth == 0 {
 				r.ID = l.str("encrypt.key-secret")
 			}
-			if r.ID == "" && o.locked {
+			if o.locked && (r.ID == "" || o.secrets == nil) {
 				return nil, nil
 			}
 			return o.secrets.passphrase(r.ID)
@@ -409,6 +409,9 @@ func (o *opening) openFile(name *string, opts blockOptions, given bool) (*image,
 		if err != nil {
 			return nil, err
 		}
+		if _, ok := protocol(path); ok {
+			path = "./" + path // as QEMU tells it
+		}
 		opts["filename"] = path
 	}
 	if _, ok := opts.str("filename"); !ok && !given {
@@ -469,8 +472,11 @@ func (o *opening) openFile(name *string, opts blockOptions, given bool) (*image,
 func openError(name string, err error) error {
 	var lock *blockdev.LockError
 	var errno syscall.Errno
-	if errors.As(err, &lock) {
+	switch {
+	case errors.As(err, &lock):
 		return withHint(&lockText{lock}, lockHint(name))
+	case errors.Is(err, blockdev.ErrNotWritable):
+		return messagef("The device is not writable: %s", strerror(syscall.EACCES))
 	}
 	if info, e := os.Stat(name); e == nil && !info.Mode().IsRegular() && info.Mode()&os.ModeDevice == 0 {
 		return fmt.Errorf("'file' driver requires '%s' to be a regular file", name)
@@ -549,6 +555,15 @@ func checkRuntimeOptions(l *optionList, h *qcow2.Header) error {
 	}
 	if n := l.uint("l2-cache-entry-size"); l.has("l2-cache-entry-size") && (n < 512 || n > uint64(h.ClusterSize()) || n&(n-1) != 0) {
 		return messagef("L2 cache entry size must be a power of two between 512 and the cluster size (%d)", h.ClusterSize())
+	}
+	if format := l.str("encrypt.format"); l.has("encrypt.format") {
+		method := map[qcow2.CryptMethod]string{qcow2.CryptAES: "aes", qcow2.CryptLUKS: "luks"}[h.CryptMethod]
+		switch {
+		case method == "":
+			return messagef("No encryption in image header, but options specified format '%s'", format)
+		case format != method:
+			return messagef("Header reported '%s' encryption format but options specify '%s'", method, format)
+		}
 	}
 	if l.bool("lazy-refcounts") && h.Version < 3 {
 		return messagef("Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level")

@@ -2,6 +2,7 @@ package cli_test
 
 import (
 	"os"
+	"os/exec"
 	"strings"
 	"testing"
 
@@ -141,7 +142,7 @@ func TestImageOpts(t *testing.T) {
 func TestNames(t *testing.T) {
 	chain(t)
 	for _, name := range []string{
-		"foo:bar", "file:a", "./a", "sub/../a", "json:[]", "json:{", "json:{}x", "json:", `json:{"filename":"a"}`, `json:{"file.filename":"a"}`,
+		"foo:bar", "file:a", "file:no:pe", "file:no:pe/x", "./a", "sub/../a", "json:[]", "json:{", "json:{}x", "json:", `json:{"filename":"a"}`, `json:{"file.filename":"a"}`,
 		`json:{"file.filename":"a","file":{"filename":"b"}}`, `json:{"driver":"qcow2","file":"x"}`,
 		`json:{"driver":"qcow2","file":{"driver":"file","filename":"a","foo":1}}`, `json:{"driver":"qcow2","file":{"driver":"qcow2","file":{"filename":"a"}}}`,
 		`json:{"driver":"raw","offset":512,"file":{"filename":"a"}}`, `json:{"driver":"raw","offset":"x","file":{"filename":"a"}}`,
@@ -150,6 +151,9 @@ func TestNames(t *testing.T) {
 	}
 	same(t, "info", "-f", "raw", `json:{"driver":"qcow2","file.filename":"a"}`)
 	same(t, "info", "-f", "file", "a")
+	same(t, "info", "-f", "", "a")
+	same(t, "resize", "-f", "", "a", "2M")
+	same(t, "info", "--image-opts", "-f", "", "file.filename=a")
 	same(t, "map", "--output=json", `json:{"driver":"qcow2","file":{"filename":"b"},"backing":null}`)
 	for _, name := range []string{"nbd:localhost:10809", "ssh://host/x", "https://host/x", "nbd+unix:///x"} {
 		r := run(t, "info", name)
@@ -233,5 +237,31 @@ func TestProbedRaw(t *testing.T) {
 	want, got = oracle.Run(t, "qemu-img", "resize", "tx", "1M"), run(t, "resize", "tx", "1M")
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("-qemu-img +qimg\n%s", diff)
+	}
+}
+
+// TestDevice uses a block device as large as its image, which cannot grow, and
+// then one that takes no writes.
+func TestDevice(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, for losetup")
+	}
+	chain(t)
+	for _, flag := range []string{"--sector-size=512", "-r"} {
+		out, err := exec.Command("losetup", "-f", "--show", flag, "a").Output()
+		if err != nil {
+			t.Skipf("losetup: %v", err)
+		}
+		dev := strings.TrimSpace(string(out))
+		for _, line := range []string{"info", "check", "map", "snapshot -c x", "resize -f raw", "snapshot -l"} {
+			args := append(strings.Fields(line), dev)
+			if args[0] == "resize" {
+				args = append(args, "1G")
+			}
+			same(t, args...)
+		}
+		if err := exec.Command("losetup", "-d", dev).Run(); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
