@@ -3,7 +3,6 @@ package qcow2
 import (
 	"encoding/binary"
 	"fmt"
-	"math/bits"
 	"slices"
 
 	"qimg/qcow2/blockdev"
@@ -104,10 +103,6 @@ func newAllocator(dev blockdev.Device, h *Header, geo *geometry) (*allocator, er
 // perBlock returns log2 of the refcounts of a block.
 func (a *allocator) perBlock() uint { return blockRefcounts(a.geo, a.width) }
 
-func blockRefcounts(g *geometry, width uint) uint {
-	return g.clusterBits + 3 - uint(bits.TrailingZeros(width))
-}
-
 // maxRefcount returns the largest refcount that can be stored.
 func (a *allocator) maxRefcount() uint64 { return ^uint64(0) >> (64 - a.width) }
 
@@ -179,13 +174,6 @@ func (a *allocator) writeTable() error {
 	return nil
 }
 
-func appendEntries(b []byte, entries []uint64) []byte {
-	for _, e := range entries {
-		b = binary.BigEndian.AppendUint64(b, e)
-	}
-	return b
-}
-
 // get returns the refcount of a cluster.
 func (a *allocator) get(cluster int64) (uint64, error) {
 	s := a.perBlock()
@@ -194,12 +182,6 @@ func (a *allocator) get(cluster int64) (uint64, error) {
 		return 0, err
 	}
 	return blockRefcount(b.b, a.width, cluster&(1<<s-1)), nil
-}
-
-// blockRefcount returns entry i of a refcount block.
-func blockRefcount(b []byte, width uint, i int64) uint64 {
-	bit := i * int64(width)
-	return refcountEntry(b[bit/8:], uint(bit&7), width)
 }
 
 // add adds delta to the refcount of a cluster.

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"iter"
 	"math"
-	"math/bits"
 
 	"qimg/qcow2/blockdev"
 )
@@ -256,7 +255,7 @@ func (c *checker) refcountSlice(cluster int64) ([]byte, error) {
 // and it is 0. The cluster is the first of some whose refcounts fill bytes.
 func (c *checker) refcountAt(cluster int64) (int64, error) {
 	g := &c.im.geo
-	perBlock := g.clusterBits + 3 - uint(bits.Len(g.refcountBits)-1) // log2
+	perBlock := blockRefcounts(g, g.refcountBits)
 	i := cluster >> perBlock
 	if i >= int64(len(c.table)/reftableEntrySize) {
 		return 0, nil

@@ -396,6 +396,15 @@ func (im *Image) l1Entry(i int64) uint64 {
 	return binary.BigEndian.Uint64(im.l1[i*l1EntrySize:])
 }
 
+// l1Words returns the active L1 table in host order.
+func (im *Image) l1Words() []uint64 {
+	l1 := make([]uint64, im.header.L1Size) // at most maxL1Size
+	for i := range l1 {
+		l1[i] = im.l1Entry(int64(i))
+	}
+	return l1
+}
+
 // readFull fills p from off. What lies beyond the end of the device is zeroes,
 // as QEMU reads it.
 func readFull(dev io.ReaderAt, p []byte, off int64) error {

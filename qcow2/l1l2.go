@@ -1,6 +1,9 @@
 package qcow2
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+	"slices"
+)
 
 // Bits of L1 entries, L2 entries and refcount table entries.
 const (
@@ -155,4 +158,13 @@ func (g *geometry) named(entry uint64) (kind PartKind, off, n int64) {
 		return PartData, int64(entry & l2OffsetMask), g.clusterSize
 	}
 	return 0, 0, 0
+}
+
+// appendEntries appends the entries of a table as they are stored.
+func appendEntries(b []byte, entries []uint64) []byte {
+	b = slices.Grow(b, 8*len(entries))
+	for _, e := range entries {
+		b = binary.BigEndian.AppendUint64(b, e)
+	}
+	return b
 }

@@ -31,7 +31,7 @@ func (im *Image) PreallocatedMetadata() (bool, error) {
 	}
 	slice := make([]byte, im.sliceSize())
 	perSlice := im.sliceSize() * 8 / int64(g.refcountBits)
-	perBlock := g.clusterSize * 8 / int64(g.refcountBits)
+	perBlock := g.refcountsPerBlock()
 	var used int64
 	for cluster := int64(0); cluster < clusters && cluster/perBlock < int64(len(table)/reftableEntrySize); {
 		entry := binary.BigEndian.Uint64(table[cluster/perBlock*reftableEntrySize:])

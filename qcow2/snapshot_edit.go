@@ -400,7 +400,7 @@ func (s *SnapshotTxn) putL1(sn *Snapshot, l1 []uint64) error {
 	if len(l1) == 0 {
 		return nil
 	}
-	b := l1Bytes(l1)
+	b := appendEntries(nil, l1)
 	off, err := s.t.alloc(int64(len(b)))
 	if err != nil {
 		return err

@@ -232,7 +232,7 @@ func (t *txn) readL1(off int64, entries uint32) ([]uint64, error) {
 }
 
 // writeL1 allocates and writes an L1 table of a snapshot.
-func (t *txn) writeL1(l1 []uint64) (int64, error) { return t.writeNew(l1Bytes(l1)) }
+func (t *txn) writeL1(l1 []uint64) (int64, error) { return t.writeNew(appendEntries(nil, l1)) }
 
 // settle makes the copied flags of the active tables agree with the refcounts.
 // L2 tables in which one changes are written anew.
@@ -318,7 +318,7 @@ func (t *txn) commit() error {
 	im.header, im.geo = *h, h.geometry()
 	a.tableOff = int64(h.RefcountTableOffset)
 	a.end(true)
-	im.l1, im.l1Off = l1Bytes(t.l1), int64(h.L1TableOffset)
+	im.l1, im.l1Off = appendEntries(nil, t.l1), int64(h.L1TableOffset)
 	im.size = int64(h.Size) &^ (sectorSize - 1)
 	im.snapshots = t.snapshots
 	im.snapEnd = t.snapEnd

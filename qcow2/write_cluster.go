@@ -1,7 +1,6 @@
 package qcow2
 
 import (
-	"encoding/binary"
 	"fmt"
 
 	"qimg/qcow2/blockdev"
@@ -475,22 +474,4 @@ func (im *Image) discardGuest(off, n int64) error {
 		im.set(at, to, toBitmap)
 		return nil
 	}, func(int64, int64) error { return nil })
-}
-
-// l1Words returns the active L1 table in host order.
-func (im *Image) l1Words() []uint64 {
-	l1 := make([]uint64, im.header.L1Size) // at most maxL1Size
-	for i := range l1 {
-		l1[i] = im.l1Entry(int64(i))
-	}
-	return l1
-}
-
-// l1Bytes is the opposite of l1Words.
-func l1Bytes(l1 []uint64) []byte {
-	b := make([]byte, 0, len(l1)*l1EntrySize)
-	for _, e := range l1 {
-		b = binary.BigEndian.AppendUint64(b, e)
-	}
-	return b
 }

@@ -1,12 +1,6 @@
 package qcow2
 
-import (
-	"encoding/binary"
-	"fmt"
-)
-
-// refcountsPerBlock returns how many entries a refcount block has.
-func (g *geometry) refcountsPerBlock() int64 { return g.clusterSize * 8 / int64(g.refcountBits) }
+import "fmt"
 
 // refcountArea returns what has to lie behind the first used clusters of a
 // file so that all of it is counted: so many refcount blocks, beyond the
@@ -24,24 +18,6 @@ func (g *geometry) refcountArea(used, placed int64) (blocks, table int64, err er
 			return blocks, table, nil
 		}
 		blocks, table = b, t // neither ever shrinks
-	}
-}
-
-// putRefcount sets entry i of a refcount block whose entries are bits wide.
-func putRefcount(block []byte, bits uint, i int64, v uint64) {
-	switch bits {
-	case 64:
-		binary.BigEndian.PutUint64(block[i*8:], v)
-	case 32:
-		binary.BigEndian.PutUint32(block[i*4:], uint32(v))
-	case 16:
-		binary.BigEndian.PutUint16(block[i*2:], uint16(v))
-	case 8:
-		block[i] = byte(v)
-	default: // 1, 2, 4: the first entry lies in the lowest bits
-		shift := uint(i) * bits & 7
-		at := &block[i*int64(bits)>>3]
-		*at = *at&^(byte(1<<bits-1)<<shift) | byte(v)<<shift
 	}
 }
 
