@@ -44,6 +44,7 @@ type txn struct {
 	placed   map[int64]bool
 	moveL1   bool  // the active L1 table is written anew in any case
 	prepared bool  // all but the header is on disk
+	named    bool  // the header may name the new tables
 	snapEnd  int64 // of the snapshot table to be
 	done     bool
 }
@@ -75,7 +76,8 @@ func (im *Image) start(ctx context.Context) (*txn, error) {
 }
 
 // abort drops the transaction, unless it was committed. The file is as long as
-// before.
+// before, also after a failed write: a file system that is full gets back what
+// was taken. Only where the header may have been written is nothing cut off.
 func (t *txn) abort() {
 	if t.done {
 		return
@@ -83,7 +85,13 @@ func (t *txn) abort() {
 	t.done = true
 	t.im.w.txn = nil
 	t.im.w.alloc.end(false)
-	if d, ok := t.im.w.dev.(blockdev.Truncater); ok && t.im.w.dev.Size() > t.fileSize && t.im.w.err == nil {
+	dev := t.im.w.dev
+	if dev.Size() <= t.fileSize || t.named {
+		return
+	}
+	if d, ok := dev.(interface{ CutBack(size int64) error }); ok {
+		t.im.fail(d.CutBack(t.fileSize))
+	} else if d, ok := dev.(blockdev.Truncater); ok {
 		t.im.fail(d.Truncate(t.fileSize))
 	}
 }
@@ -310,6 +318,7 @@ func (t *txn) commit() error {
 			return err
 		}
 	}
+	t.named = true
 	if err := im.writeHeader(h); err != nil {
 		return im.fail(err)
 	}

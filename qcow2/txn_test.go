@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"syscall"
 	"testing"
 
 	"qimg/qcow2/blockdev"
+	"qimg/qcow2/blockdev/blocktest"
 )
 
 // newWritable returns an image in memory that is open for writing, and its
@@ -145,5 +147,53 @@ func TestWriteHeader(t *testing.T) {
 	h.Extensions = append(h.Extensions, Extension{0x12345678, make([]byte, 600)})
 	if err := im.writeHeader(&h); !errors.Is(err, ErrLimit) {
 		t.Errorf("a header that cannot be replaced at once: %v", err)
+	}
+}
+
+// After a write that fails, as on a full file system, the file is as long as
+// before, unless the header may name what is behind its old end.
+func TestTxnFailedWriteGivesBackRoom(t *testing.T) {
+	for _, kind := range []blocktest.OpKind{blocktest.Write, blocktest.Sync} {
+		for call := 1; ; call++ {
+			im, d := newWritable(t, 1<<20, FormatOptions{ClusterSize: 512})
+			if _, err := im.WriteAt(bytes.Repeat([]byte("abcdefgh"), 4000), 1000); err != nil {
+				t.Fatal(err)
+			}
+			if err := im.Close(); err != nil {
+				t.Fatal(err)
+			}
+			size := d.Size()
+			f := blocktest.NewFaulty(d, blocktest.Fault{Call: call, Kind: kind, Err: syscall.ENOSPC})
+			im, err := New(f, &OpenOptions{Write: true, Backing: BackingIgnore})
+			if err != nil {
+				t.Fatal(err)
+			}
+			s, err := im.BeginSnapshots(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			tx := s.t
+			_, err = s.Create("s", &SnapshotOptions{VMState: bytes.NewReader(make([]byte, 20000))})
+			named := false
+			if err == nil {
+				err = s.Commit()
+				named = tx.named
+			}
+			s.Abort()
+			if !f.Fired() {
+				if err != nil || call == 1 {
+					t.Fatalf("%v: %d calls, %v", kind, call-1, err)
+				}
+				break
+			}
+			if !errors.Is(err, syscall.ENOSPC) {
+				t.Fatalf("%v %d: %v, want %v", kind, call, err, syscall.ENOSPC)
+			}
+			if got := d.Size(); got != size && !named {
+				t.Errorf("%v %d: the file has %d bytes, want %d", kind, call, got, size)
+			}
+			im.Close()
+			mustBeClean(t, d)
+		}
 	}
 }

@@ -313,6 +313,29 @@ func (f *File) Truncate(size int64) error {
 	return nil
 }
 
+// CutBack makes the file shorter, also after a failed write, unlike Truncate: a
+// file system that is full gets back what the file has gained in vain. After a
+// failure the file stays closed to all other changes.
+func (f *File) CutBack(size int64) error {
+	if f.closed.Load() {
+		return f.errClosed("cut back")
+	}
+	if !f.writable {
+		return fmt.Errorf("%s: cut back: opened for reading: %w", f.name, ErrReadOnly)
+	}
+	if size < 0 || size > f.size.Load() {
+		return fmt.Errorf("%s: cut back to %d bytes: %w", f.name, size, ErrRange)
+	}
+	if !f.regular {
+		return fmt.Errorf("%s: cut back a device: %w", f.name, errors.ErrUnsupported)
+	}
+	if err := f.f.Truncate(size); err != nil {
+		return f.fail(err)
+	}
+	f.size.Store(size)
+	return nil
+}
+
 // CopyRange implements RangeCopier by reflinks, and on network file systems by
 // copy_file_range, on Linux. src and the
 // file may be the same when the ranges do not overlap.

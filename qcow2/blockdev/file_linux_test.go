@@ -254,6 +254,13 @@ func TestFileFull(t *testing.T) {
 		t.Errorf("write to a full file system: %v", err)
 	}
 	checkFailed(t, f, syscall.ENOSPC)
+	if err := f.CutBack(1<<20 + 1); !errors.Is(err, blockdev.ErrRange) {
+		t.Errorf("cut back to more: %v, want ErrRange", err)
+	}
+	if err := f.CutBack(4096); err != nil || f.Size() != 4096 {
+		t.Errorf("cut back: %d bytes, %v", f.Size(), err)
+	}
+	checkFailed(t, f, syscall.ENOSPC)
 	f.Close()
 }
 
