@@ -360,8 +360,8 @@ func (r *randomImage) resize(ours bool) {
 	}
 	// Whole clusters: what QEMU adds to a part of one, it does not clear.
 	size := (1 + r.rand.Int64N(int64(len(r.want))*3/2) + r.o.ClusterSize) / r.o.ClusterSize * r.o.ClusterSize
-	if r.o.Version == 2 && r.o.BackingFile != "" {
-		ours = true // QEMU cannot hide the backing file
+	if r.o.Version == 2 && r.o.BackingFile != "" && size > int64(len(r.want)) {
+		return // the backing file cannot be hidden
 	}
 	if size < int64(len(r.want)) {
 		r.want = r.want[:size:size]
