@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -93,6 +94,8 @@ func commit(ctx context.Context, img *image, l *layers, opts *qcow2.CommitOption
 		return messagef("Block job failed: Operation not supported")
 	case errors.Is(err, qcow2.ErrBacking): // a raw base would look like something else
 		return messagef("Block job failed: Operation not permitted")
+	case errors.Is(err, syscall.ENOSPC):
+		return messagef("Block job failed: %s", strerror(syscall.ENOSPC))
 	}
 	return err
 }

@@ -260,6 +260,11 @@ func TestDevice(t *testing.T) {
 			}
 			same(t, args...)
 		}
+		if flag != "-r" {
+			oracle.MustRun(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", dev, "-F", "qcow2", "over")
+			oracle.MustRun(t, "qemu-io", "-c", "write 0 1M", "over")
+			same(t, "commit", "over")
+		}
 		if err := exec.Command("losetup", "-d", dev).Run(); err != nil {
 			t.Fatal(err)
 		}
