@@ -3,7 +3,6 @@ package qcow2_test
 import (
 	"bytes"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"testing"
 
@@ -60,15 +59,6 @@ func writeAll(t testing.TB, d blockdev.Device, p []byte, off int64) {
 	}
 }
 
-func guestBytes(t testing.TB, r blockdev.Reader) []byte {
-	t.Helper()
-	b := make([]byte, r.Size())
-	if _, err := r.ReadAt(b, 0); err != nil && err != io.EOF {
-		t.Fatal(err)
-	}
-	return b
-}
-
 // intact reports what is wrong with an image over below whose guest has to read
 // want. Leaks are wrong if it is clean that is asked for.
 func intact(t testing.TB, dev *blockdev.Memory, below blockdev.Reader, want []byte, clean bool) error {
@@ -81,7 +71,7 @@ func intact(t testing.TB, dev *blockdev.Memory, below blockdev.Reader, want []by
 	if err := sound(t, im, clean); err != nil {
 		return err
 	}
-	if got := guestBytes(t, im); !bytes.Equal(got, want) {
+	if got := bytesOf(t, im); !bytes.Equal(got, want) {
 		return fmt.Errorf("the guest reads something else")
 	}
 	return nil

@@ -36,7 +36,7 @@ func newCommitting(t *testing.T, top qcow2.FormatOptions, base *qcow2.FormatOpti
 	below := c.below(t, c.base)
 	c.top = memoryImage(t, r, 40<<10, top, below)
 	im := openOver(t, c.top.Clone(), below)
-	c.want = guestBytes(t, im)
+	c.want = bytesOf(t, im)
 	im.Close()
 	return c
 }
@@ -160,7 +160,7 @@ func TestCommitCrash(t *testing.T) {
 				t.Errorf("the empty image has %d bytes", n)
 			}
 			// The base reads as the image does.
-			if got := guestBytes(t, c.below(t, c.base)); !bytes.Equal(got, c.want) {
+			if got := bytesOf(t, c.below(t, c.base)); !bytes.Equal(got, c.want) {
 				t.Error("the base reads something else")
 			}
 		})
@@ -207,17 +207,17 @@ func TestCommitPastShort(t *testing.T) {
 	writeAll(t, baseDev, bytes.Repeat([]byte("base"), 5<<10), 0)
 	mid := openOver(t, memoryImage(t, r, 10<<10, format, baseDev), baseDev)
 	top := openOver(t, memoryImage(t, r, 20<<10, format, mid), mid)
-	want := guestBytes(t, top)
+	want := bytesOf(t, top)
 	if err := top.Commit(t.Context(), &qcow2.CommitOptions{Base: baseDev}); !errors.Is(err, qcow2.ErrBacking) {
 		t.Errorf("the image would be emptied: %v", err)
 	}
 	if err := top.Commit(t.Context(), &qcow2.CommitOptions{Base: baseDev, Keep: true}); err != nil {
 		t.Fatal(err)
 	}
-	if got := guestBytes(t, baseDev); !bytes.Equal(got, want) {
+	if got := bytesOf(t, baseDev); !bytes.Equal(got, want) {
 		t.Error("the base reads something else than the image")
 	}
-	if got := guestBytes(t, top); !bytes.Equal(got, want) {
+	if got := bytesOf(t, top); !bytes.Equal(got, want) {
 		t.Error("the image reads something else than before")
 	}
 }
@@ -254,14 +254,14 @@ func TestCommitErrors(t *testing.T) {
 		{"base elsewhere", open(qcow2.OpenOptions{Write: true, BackingDevice: raw}), &qcow2.CommitOptions{Base: base}, qcow2.ErrBacking},
 		{"closed", closed(open(qcow2.OpenOptions{Write: true, BackingDevice: raw})), nil, nil},
 	} {
-		before := [][]byte{guestBytes(t, dev), guestBytes(t, raw), guestBytes(t, base)}
+		before := [][]byte{bytesOf(t, dev), bytesOf(t, raw), bytesOf(t, base)}
 		err := c.im.Commit(t.Context(), c.opts)
 		if err == nil || c.want != nil && !errors.Is(err, c.want) {
 			t.Errorf("%s: %v", c.name, err)
 		}
 		c.im.Close()
 		for i, m := range []*blockdev.Memory{dev, raw, base} {
-			if !bytes.Equal(before[i], guestBytes(t, m)) {
+			if !bytes.Equal(before[i], bytesOf(t, m)) {
 				t.Errorf("%s: something was written", c.name)
 			}
 		}
@@ -292,7 +292,7 @@ func TestCommitRate(t *testing.T) {
 	if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > 2*time.Second {
 		t.Errorf("after %v: %v", time.Since(start), err)
 	}
-	if got := guestBytes(t, im); !bytes.Equal(got, noise(1, size)) {
+	if got := bytesOf(t, im); !bytes.Equal(got, noise(1, size)) {
 		t.Error("the image reads something else")
 	}
 	start = time.Now()
@@ -305,7 +305,7 @@ func TestCommitRate(t *testing.T) {
 	if !slices.Contains(steps, size) {
 		t.Errorf("progress: %d", steps)
 	}
-	if !bytes.Equal(guestBytes(t, raw), noise(1, size)) {
+	if !bytes.Equal(bytesOf(t, raw), noise(1, size)) {
 		t.Error("the base reads something else")
 	}
 }
@@ -330,7 +330,7 @@ func TestCommitSnapshot(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			want := guestBytes(t, im)
+			want := bytesOf(t, im)
 			var before []byte
 			if v.snapshot {
 				before = snapshotBytes(t, f, open)
@@ -338,7 +338,7 @@ func TestCommitSnapshot(t *testing.T) {
 			if err := im.Commit(t.Context(), nil); err != nil {
 				t.Fatal(err)
 			}
-			if got := guestBytes(t, im); !bytes.Equal(got, want) {
+			if got := bytesOf(t, im); !bytes.Equal(got, want) {
 				t.Error("the open image reads something else")
 			}
 			if err := sound(t, im, true); err != nil {
@@ -370,7 +370,7 @@ func snapshotBytes(t *testing.T, f *fixture, open qcow2.OpenOptions) []byte {
 		t.Fatal(err)
 	}
 	defer im.Close()
-	return guestBytes(t, im)
+	return bytesOf(t, im)
 }
 
 // What is freed between clusters that a snapshot keeps becomes holes.
@@ -411,10 +411,10 @@ func TestCommitHoles(t *testing.T) {
 	step(im.Close())
 	kept, err := qcow2.New(dev, &qcow2.OpenOptions{Snapshot: "kept", BackingDevice: blockdev.NewMemory(0)})
 	step(err)
-	if got := guestBytes(t, kept)[n : 2*n]; !bytes.Equal(got, noise(2, n)) {
+	if got := bytesOf(t, kept)[n : 2*n]; !bytes.Equal(got, noise(2, n)) {
 		t.Error("the snapshot reads something else")
 	}
-	if got := guestBytes(t, base)[2*n : 2*n+8*c]; !bytes.Equal(got, noise(3, 8*c)) {
+	if got := bytesOf(t, base)[2*n : 2*n+8*c]; !bytes.Equal(got, noise(3, 8*c)) {
 		t.Error("the base reads something else")
 	}
 }

@@ -427,7 +427,7 @@ func TestWriteEncrypted(t *testing.T) {
 							t.Fatalf("%s: %v", what, err)
 						}
 					}
-					if !bytes.Equal(mustRead(t, im), want) {
+					if !bytes.Equal(bytesOf(t, im), want) {
 						t.Fatal("open image reads something else")
 					}
 					if err := im.Close(); err != nil {
@@ -484,7 +484,7 @@ func TestReadEncryptedTogether(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer im.Close()
-		want := mustRead(t, im)
+		want := bytesOf(t, im)
 		var wg sync.WaitGroup
 		for i := range 8 {
 			wg.Go(func() {
@@ -537,7 +537,7 @@ func TestChangeEncrypted(t *testing.T) {
 					if err != nil {
 						t.Fatalf("%s: %v", what, err)
 					}
-					if !bytes.Equal(mustRead(t, im), want) {
+					if !bytes.Equal(bytesOf(t, im), want) {
 						t.Fatalf("%s: something else is read", what)
 					}
 				}
@@ -564,7 +564,7 @@ func TestChangeEncrypted(t *testing.T) {
 					if err != nil {
 						t.Fatal(err)
 					}
-					if !bytes.Equal(mustRead(t, sn), before) || !bytes.Equal(mustRead(t, vm), state) {
+					if !bytes.Equal(bytesOf(t, sn), before) || !bytes.Equal(bytesOf(t, vm), state) {
 						t.Error("the snapshot holds something else")
 					}
 					sn.Close()

@@ -165,7 +165,7 @@ func (m *guestModel) check() {
 		if err != nil {
 			m.t.Fatal(err)
 		}
-		if i := firstDifference(mustRead(m.t, sn), content); i >= 0 {
+		if i := firstDifference(bytesOf(m.t, sn), content); i >= 0 {
 			m.t.Fatalf("byte %d of snapshot %s differs", i, name)
 		}
 		sn.Close()

@@ -25,6 +25,16 @@ func memory(b []byte) device { return device{bytes.NewReader(b)} }
 // follow returns the options that open other files too.
 func follow() *qcow2.OpenOptions { return &qcow2.OpenOptions{Backing: qcow2.BackingFollow} }
 
+// bytesOf reads a disk or a device.
+func bytesOf(t testing.TB, dev blockdev.Reader) []byte {
+	t.Helper()
+	b := make([]byte, dev.Size())
+	if _, err := dev.ReadAt(b, 0); err != nil && err != io.EOF {
+		t.Fatal(err)
+	}
+	return b
+}
+
 func open(t testing.TB, b []byte) *qcow2.Image {
 	t.Helper()
 	im, err := qcow2.New(memory(b), nil)

@@ -38,7 +38,7 @@ func newRebasing(t *testing.T, format qcow2.FormatOptions, flat bool) *rebasing 
 	}
 	x.dev = memoryImage(t, r, 40<<10, format, old)
 	im := openOver(t, x.dev.Clone(), old)
-	x.want = guestBytes(t, im)
+	x.want = bytesOf(t, im)
 	im.Close()
 	return x
 }
@@ -142,7 +142,7 @@ func TestRebaseFaults(t *testing.T) {
 func TestRebaseErrors(t *testing.T) {
 	old := blockdev.NewMemory(4096)
 	dev := memoryImage(t, rand.New(rand.NewPCG(1, 1)), 4096, qcow2.FormatOptions{ClusterSize: 512}, old)
-	before := guestBytes(t, dev)
+	before := bytesOf(t, dev)
 	long := string(bytes.Repeat([]byte("n"), 1024))
 	option := func(err error) bool { var e qcow2.OptionError; return errors.As(err, &e) }
 	is := func(target error) func(error) bool { return func(err error) bool { return errors.Is(err, target) } }
@@ -180,7 +180,7 @@ func TestRebaseErrors(t *testing.T) {
 			if err := c.run(im); !c.ok(err) {
 				t.Errorf("%v", err)
 			}
-			if !bytes.Equal(guestBytes(t, dev), before) {
+			if !bytes.Equal(bytesOf(t, dev), before) {
 				t.Error("the image has changed")
 			}
 		})

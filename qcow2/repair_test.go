@@ -54,16 +54,6 @@ func guestOf(dev blockdev.Reader) []byte {
 	return b
 }
 
-// bytesOf reads a device.
-func bytesOf(t *testing.T, dev blockdev.Reader) []byte {
-	t.Helper()
-	b := make([]byte, dev.Size())
-	if _, err := dev.ReadAt(b, 0); err != nil && err != io.EOF {
-		t.Fatal(err)
-	}
-	return b
-}
-
 // qemuCheck is what qemu-img check says.
 type qemuCheck struct {
 	Corruptions, Leaks int64

@@ -23,15 +23,6 @@ func mustClean(t *testing.T, im *qcow2.Image) {
 	}
 }
 
-func mustRead(t *testing.T, r blockdev.Reader) []byte {
-	t.Helper()
-	b := make([]byte, r.Size())
-	if _, err := r.ReadAt(b, 0); err != nil && err != io.EOF {
-		t.Fatal(err)
-	}
-	return b
-}
-
 // change makes one random change to an image and to what it should read as.
 func change(r *rand.Rand, im *qcow2.Image, want []byte, most int) (string, error) {
 	off := r.IntN(len(want))
@@ -125,7 +116,7 @@ func TestWrite(t *testing.T) {
 						}
 					}
 				}
-				if !bytes.Equal(mustRead(t, im), want) {
+				if !bytes.Equal(bytesOf(t, im), want) {
 					t.Fatal("open image reads something else")
 				}
 				if err := im.Close(); err != nil {
@@ -135,7 +126,7 @@ func TestWrite(t *testing.T) {
 					t.Fatal(err)
 				}
 				mustClean(t, im)
-				if !bytes.Equal(mustRead(t, im), want) {
+				if !bytes.Equal(bytesOf(t, im), want) {
 					t.Fatal("image reads something else")
 				}
 				im.Close()
