@@ -120,10 +120,10 @@ func bitmapOps(ctx context.Context) map[string]func(im *qcow2.Image) error {
 	}
 }
 
-// TestBitmapCrash looks at every state that a crash can leave of changes of
+// TestCrashBitmaps looks at every state that a crash can leave of changes of
 // bitmaps: the bitmaps are as before or as afterwards. While the guest writes
 // they are inconsistent, or say what is true.
-func TestBitmapCrash(t *testing.T) {
+func TestCrashBitmaps(t *testing.T) {
 	crash := &blocktest.CrashOptions{Subsets: 16, Tears: 2}
 	if *crashLong {
 		crash = nil
@@ -178,9 +178,9 @@ func TestBitmapCrash(t *testing.T) {
 	t.Logf("%d states", states)
 }
 
-// TestBitmapFaults does all that while one call of the device after the other
+// TestFaultsBitmaps does all that while one call of the device after the other
 // fails.
-func TestBitmapFaults(t *testing.T) {
+func TestFaultsBitmaps(t *testing.T) {
 	step := 17
 	if *crashLong {
 		step = 1

@@ -121,7 +121,7 @@ func commitKinds() map[string][2]*qcow2.FormatOptions {
 
 // After a crash at any write of a commit the guest of the image reads the same,
 // and both images are good.
-func TestCommitCrash(t *testing.T) {
+func TestCrashCommit(t *testing.T) {
 	for name, kind := range commitKinds() {
 		t.Run(name, func(t *testing.T) {
 			c := newCommitting(t, *kind[0], kind[1])
@@ -168,7 +168,7 @@ func TestCommitCrash(t *testing.T) {
 }
 
 // When a call of either file fails nothing is lost.
-func TestCommitFaults(t *testing.T) {
+func TestFaultsCommit(t *testing.T) {
 	for name, kind := range commitKinds() {
 		for _, inBase := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s-%v", name, inBase), func(t *testing.T) {

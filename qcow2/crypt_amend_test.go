@@ -203,9 +203,9 @@ func everySlotOpens(t *testing.T, s blocktest.CrashState, passphrases ...string)
 	}
 }
 
-// TestPassphraseCrash: whatever a crash leaves of a change, a passphrase of
+// TestCrashPassphrases: whatever a crash leaves of a change, a passphrase of
 // before or after opens the image.
-func TestPassphraseCrash(t *testing.T) {
+func TestCrashPassphrases(t *testing.T) {
 	two := luksMemory(t)
 	im := openUnlocked(t, two, "old")
 	if err := im.AddPassphrase(t.Context(), []byte("second"), slotOptions(6, false)); err != nil {

@@ -75,7 +75,7 @@ func (x *rebasing) check(t *testing.T, dev *blockdev.Memory, clean bool) (after 
 
 // After a crash at any write of a rebase the guest reads the same, over the old
 // backing file or over the new one.
-func TestRebaseCrash(t *testing.T) {
+func TestCrashRebase(t *testing.T) {
 	for name, format := range small() {
 		for _, flat := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s-%v", name, flat), func(t *testing.T) {
@@ -114,7 +114,7 @@ func TestRebaseCrash(t *testing.T) {
 
 // When a call fails the image has the old backing file or the new one, and
 // reads the same over it.
-func TestRebaseFaults(t *testing.T) {
+func TestFaultsRebase(t *testing.T) {
 	for name, format := range small() {
 		for _, sticky := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s-%v", name, sticky), func(t *testing.T) {

@@ -55,8 +55,8 @@ func beforeOrRepaired(t *testing.T, dev blockdev.Reader, image, guest []byte, do
 	return true
 }
 
-// TestRepairCrash: a crash leaves an image as it was, or repaired.
-func TestRepairCrash(t *testing.T) {
+// TestCrashRepairFindings: a crash leaves an image as it was, or repaired.
+func TestCrashRepairFindings(t *testing.T) {
 	states := 0
 	repairs(t, func(t *testing.T, image, guest []byte, done qcow2.RepairResult) {
 		dev, err := blocktest.NewRecorder(disk(t, image))
@@ -89,9 +89,9 @@ func TestRepairCrash(t *testing.T) {
 	}
 }
 
-// TestRepairFaults: whatever call of the device fails, the image is as it was,
+// TestFaultsRepairFindings: whatever call of the device fails, the image is as it was,
 // or repaired.
-func TestRepairFaults(t *testing.T) {
+func TestFaultsRepairFindings(t *testing.T) {
 	repairs(t, func(t *testing.T, image, guest []byte, done qcow2.RepairResult) {
 		for n := 1; ; n++ {
 			mem := disk(t, image)
