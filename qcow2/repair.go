@@ -172,10 +172,19 @@ func Repair(ctx context.Context, dev blockdev.Reader, opts *RepairOptions) (Repa
 	return r.res, err
 }
 
+// maxDirtyRepairs is how often an image with the dirty bit is repaired before it
+// is given up.
+const maxDirtyRepairs = 3
+
 // repairDirty makes right the refcounts of an image with the dirty bit, and all
 // else, before it is opened for writing.
 func (im *Image) repairDirty(ctx context.Context) error {
 	res, err := Repair(ctx, im.dev, nil)
+	// A repair that makes the file longer can be all that something else needs
+	// to be right: another one finds that.
+	for tries := 1; err == nil && !res.Clean() && !res.Plan.Empty() && tries < maxDirtyRepairs; tries++ {
+		res, err = Repair(ctx, im.dev, nil)
+	}
 	if err != nil {
 		return err
 	}

@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"syscall"
@@ -196,4 +197,42 @@ func TestTxnFailedWriteGivesBackRoom(t *testing.T) {
 			mustBeClean(t, d)
 		}
 	}
+}
+
+// An image with the dirty bit in which a cluster of the guest lies right behind
+// the end of the file takes more than one repair, and opens.
+func TestDirtyOpensAfterRepairs(t *testing.T) {
+	im, d := newWritable(t, 1<<20, FormatOptions{})
+	want := bytes.Repeat([]byte("abcdefgh"), 3<<16/8)
+	if _, err := im.WriteAt(want, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := im.Close(); err != nil {
+		t.Fatal(err)
+	}
+	poke := func(v uint64, off int64) {
+		t.Helper()
+		if _, err := d.WriteAt(binary.BigEndian.AppendUint64(nil, v), off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var l1 [8]byte
+	if _, err := d.ReadAt(l1[:], int64(im.header.L1TableOffset)); err != nil {
+		t.Fatal(err)
+	}
+	l2 := int64(binary.BigEndian.Uint64(l1[:]) & l1OffsetMask)
+	poke(oflagCopied|uint64(d.Size()), l2+2*8)
+	poke(uint64(IncompatDirty), 72)
+	im, err := New(d, &OpenOptions{Write: true, Backing: BackingIgnore})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, 2<<16)
+	if _, err := im.ReadAt(got, 0); err != nil || !bytes.Equal(got, want[:len(got)]) {
+		t.Errorf("other clusters do not read as before: %v", err)
+	}
+	if err := im.Close(); err != nil {
+		t.Fatal(err)
+	}
+	mustBeClean(t, d)
 }
