@@ -21,8 +21,11 @@ type BitmapOptions struct {
 }
 
 // AddBitmap adds a bitmap without a bit set. Like all changes of bitmaps it is
-// there wholly or not at all after a crash, and syncs. An error of what is asked
-// for is a *BitmapError.
+// there wholly or not at all after a crash. An error of what is asked for is a
+// *BitmapError.
+//
+// Order of all changes of bitmaps: new tables and directory, sync; the header,
+// sync.
 func (im *Image) AddBitmap(ctx context.Context, name string, opts *BitmapOptions) error {
 	var o BitmapOptions
 	if opts != nil {

@@ -140,7 +140,7 @@ func (w *treeWriter) zero(off int64) error {
 	case h.BackingFile == "":
 		return nil
 	case g.extended:
-		return w.set(off, 0, subclusterAllocMask<<subclustersPerCluster)
+		return w.set(off, 0, zeroSubclusters)
 	case h.Version >= 3:
 		return w.set(off, oflagZero, 0)
 	}

@@ -212,15 +212,18 @@ func (im *Image) WriteAt(p []byte, off int64) (n int, err error) {
 
 // WriteZeroes makes n bytes at off read as zeroes. In version 3 whole clusters
 // (subclusters with extended L2 entries) are marked, and keep the space that
-// they have; the rest is written.
+// they have; in version 2 they give it back, unless a backing file would show
+// through. The rest is written. Order: as WriteAt.
 func (im *Image) WriteZeroes(off, n int64) error {
 	return im.change("write zeroes", off, n, func() error { return im.zeroGuest(off, n) })
 }
 
 // Discard gives back the space of the clusters that lie wholly in n bytes at
 // off, which then read as zeroes; the rest of the range is left as it is. In
-// version 2, over a backing file, and with an external data file nothing is given
-// back.
+// version 2 over a backing file, and with an external data file, it changes
+// nothing.
+//
+// Order: as WriteAt; the space is given back when the tables are on disk.
 func (im *Image) Discard(off, n int64) error {
 	return im.change("discard", off, n, func() error { return im.discardGuest(off, n) })
 }

@@ -605,7 +605,7 @@ func (o *orderedWriter) place(c content) error {
 	case c.data == nil && o.w.header.BackingFile == "":
 		return nil
 	case c.data == nil && g.extended:
-		bitmap = subclusterAllocMask << subclustersPerCluster // all read as zeroes
+		bitmap = zeroSubclusters
 	case c.data == nil && o.w.header.Version >= 3:
 		entry = oflagZero
 	case c.compressed:
