@@ -6,7 +6,7 @@ import (
 	"qimg/qcow2/blockdev"
 )
 
-// copyBuffer is how much guest data is read and written at once, in bytes.
+// copyBuffer is how much guest data or vm state is copied at once, in bytes.
 const copyBuffer = 1 << 20
 
 // overlayOf returns the image whose backing file base is, and the depth of

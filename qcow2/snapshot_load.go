@@ -8,10 +8,6 @@ import (
 	"qimg/qcow2/blockdev"
 )
 
-// loadStep is how much of a vm state or a disk is read at once, in bytes, if
-// clusters are not larger.
-const loadStep = 1 << 20
-
 // load fills a snapshot from opts.
 func (s *SnapshotTxn) load(sn *Snapshot, opts *SnapshotOptions) error {
 	if err := s.im.readable(); err != nil {
@@ -151,7 +147,7 @@ func (w *treeWriter) zero(off int64) error {
 // is.
 func (w *treeWriter) stream(r io.Reader, off int64) (n int64, err error) {
 	g := &w.s.im.geo
-	buf := make([]byte, max(loadStep, g.clusterSize))
+	buf := make([]byte, max(copyBuffer, g.clusterSize))
 	for {
 		if err := w.s.t.ctx.Err(); err != nil {
 			return n, err
@@ -178,7 +174,7 @@ func (w *treeWriter) stream(r io.Reader, off int64) (n int64, err error) {
 // disk writes the content of src. What reads as zeroes gets no place.
 func (w *treeWriter) disk(src blockdev.Reader) error {
 	g := &w.s.im.geo
-	buf := make([]byte, max(loadStep, g.clusterSize))
+	buf := make([]byte, max(copyBuffer, g.clusterSize))
 	for off, size := int64(0), src.Size(); off < size; {
 		if err := w.s.t.ctx.Err(); err != nil {
 			return err
