@@ -22,8 +22,8 @@
 //
 // An image can name other files, its backing file and its data file. They are
 // opened only with BackingFollow, which is for images whose names can be
-// trusted; without it an image that names some is refused. Errors name the file
-// of the chain that they are in.
+// trusted; without it an image that names some is refused. Errors that are in such
+// a file name it.
 //
 // Create and Writer write the header last. A crash before that leaves no image,
 // never one with wrong tables, if the device is synced in between

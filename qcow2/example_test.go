@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"log"
+	"time"
 
 	"qimg/qcow2"
 	"qimg/qcow2/blockdev"
@@ -55,4 +56,51 @@ func Example() {
 	// 65536 65536 data
 	// 131072 1073610752 unallocated
 	// 0 0 <nil>
+}
+
+// An empty image is written, and a snapshot keeps what it held. The image could
+// as well be a file: blockdev.CreateFile for Create, then Open by its name.
+func ExampleImage_CreateSnapshot() {
+	ctx := context.Background()
+	dev := blockdev.NewMemory(0)
+	if err := qcow2.Create(ctx, dev, 1<<30, nil); err != nil {
+		log.Fatal(err)
+	}
+	im, err := qcow2.New(dev, &qcow2.OpenOptions{Write: true})
+	if err != nil {
+		log.Fatal(err)
+	}
+	if _, err := im.WriteAt([]byte("old"), 65536); err != nil {
+		log.Fatal(err)
+	}
+	if _, err := im.CreateSnapshot(ctx, "before", &qcow2.SnapshotOptions{Date: time.Now()}); err != nil {
+		log.Fatal(err)
+	}
+	if _, err := im.WriteAt([]byte("new"), 65536); err != nil {
+		log.Fatal(err)
+	}
+	if err := im.Sync(); err != nil { // what is written survives a crash from here on
+		log.Fatal(err)
+	}
+	if err := im.Close(); err != nil {
+		log.Fatal(err)
+	}
+
+	b := make([]byte, 3)
+	for _, snapshot := range []string{"", "before"} {
+		im, err := qcow2.New(dev, &qcow2.OpenOptions{Snapshot: snapshot})
+		if err != nil {
+			log.Fatal(err)
+		}
+		if _, err := im.ReadAt(b, 65536); err != nil {
+			log.Fatal(err)
+		}
+		fmt.Printf("%q: %s\n", snapshot, b)
+		if err := im.Close(); err != nil {
+			log.Fatal(err)
+		}
+	}
+	// Output:
+	// "": new
+	// "before": old
 }

@@ -14,7 +14,8 @@ const (
 	snapshotExtraDataV3   = 16 // that version 3 asks for: without icount
 )
 
-// Snapshot is an entry of the snapshot table.
+// Snapshot is an entry of the snapshot table. The numbers are the offsets of the
+// fields in the entry as it is stored.
 type Snapshot struct {
 	L1TableOffset uint64 // 0: in bytes
 	L1Size        uint32 // 8: entries

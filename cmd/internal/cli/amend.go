@@ -33,16 +33,20 @@ func newAmend(host Host) *cobra.Command {
 		Short: "Change options of an image",
 		Long: "Change options of an image in place, all of them or none.\n\n" +
 			"-o compat=0.10 makes an image one of version 2, which old programs read. Its\n" +
-			"zero clusters become unallocated, or clusters of zeroes over a backing file.",
+			"zero clusters become unallocated, or clusters of zeroes over a backing file.\n" +
+			"Its bitmaps are removed. What else version 2 has not is refused: a data file,\n" +
+			"extended L2 entries, clusters compressed by zstd, refcounts of other than 16 bits\n" +
+			"(add refcount_bits=16), snapshots of another size than the disk.",
 		Example: "  qimg amend -f qcow2 -o compat=0.10 disk.qcow2\n" +
-			"  qimg amend --dry-run -o compat=1.1,refcount_bits=64 disk.qcow2",
+			"  qimg amend --dry-run -o compat=1.1,refcount_bits=64 disk.qcow2\n" +
+			"  qimg amend --object secret,id=old,file=old --object secret,id=new,file=new -o encrypt.state=active,encrypt.new-secret=new --image-opts encrypt.key-secret=old,file.filename=secret.qcow2",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return runAmend(cmd.Context(), host, &o, args)
 		},
 	}
 	f := cmd.Flags()
 	o.open.addFlags(f, host)
-	f.VarP(&o.options, "options", "o", "what to change, as NAME=VALUE,...; help lists it")
+	f.VarP(&o.options, "options", "o", "what to change, as NAME=VALUE,...; -f qcow2 -o help lists it")
 	f.StringVarP(&o.cache, "cache", "t", "writeback", "cache mode, for qemu-img's sake: it changes nothing")
 	f.BoolVarP(&o.progress, "progress", "p", false, "print how much is done")
 	f.BoolVarP(&o.quiet, "quiet", "q", false, "print errors only")

@@ -45,7 +45,9 @@ func newCheck(host Host) *cobra.Command {
 		Use:   "check [-q] [-r leaks|all [--dry-run]] [-f FORMAT] [--output=human|json] FILE",
 		Short: "Check the tables of an image, and repair them",
 		Long: "Check the tables of an image. With -r what is wrong is repaired, all of it in one\n" +
-			"step: a crash leaves the image as it was, or repaired. Then it is checked again.\n\n" +
+			"step: a crash leaves the image as it was, or repaired. Then it is checked again.\n" +
+			"-r leaks fails if refcounts are so wrong that they have to be built anew, which\n" +
+			"-r all does.\n\n" +
 			"Exit status: 0 the image is good, 1 it could not be checked, 2 it is corrupt,\n" +
 			"3 it has leaked clusters but is good otherwise, 63 its format has nothing to check.",
 		RunE: func(cmd *cobra.Command, args []string) error {

@@ -36,7 +36,9 @@ func newCreate(host Host) *cobra.Command {
 		Use:   "create [-f FORMAT] [-b BACKING -F FORMAT] [-o OPTIONS] FILE [SIZE]",
 		Short: "Make an empty image",
 		Example: "  qimg create -f qcow2 disk.qcow2 10G\n" +
-			"  qimg create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2",
+			"  qimg create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2\n" +
+			"  qimg create -f qcow2 --object secret,id=s,file=passphrase -o encrypt.format=luks,encrypt.key-secret=s secret.qcow2 10G\n" +
+			"  qimg map --object secret,id=s,file=passphrase --image-opts encrypt.key-secret=s,file.filename=secret.qcow2",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.hasBacking = cmd.Flags().Changed("backing")
 			o.hasBackingFormat = cmd.Flags().Changed("backing-format")
@@ -47,10 +49,10 @@ func newCreate(host Host) *cobra.Command {
 	f.StringVarP(&o.format, "format", "f", "raw", "format of the new image: raw or qcow2")
 	f.StringVarP(&o.backing, "backing", "b", "", "backing file: what the new image does not hold is read from it")
 	f.StringVarP(&o.backingFormat, "backing-format", "F", "", "format of the backing file")
-	f.VarP(&o.options, "options", "o", "options of the format, as NAME=VALUE,...; help lists them")
+	f.VarP(&o.options, "options", "o", "options of the format, as NAME=VALUE,...; -f FORMAT -o help lists them")
 	f.BoolVarP(&o.noOpen, "unsafe", "u", false, "do not look at the backing file")
 	f.BoolVarP(&o.quiet, "quiet", "q", false, "print nothing")
-	f.Var(&o.secrets, "object", "make an object: secret,id=NAME,data=TEXT or secret,id=NAME,file=FILE")
+	f.Var(&o.secrets, "object", "make an object: secret,id=ID,data=TEXT or secret,id=ID,file=FILE")
 	return cmd
 }
 

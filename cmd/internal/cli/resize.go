@@ -25,7 +25,8 @@ func newResize(host Host) *cobra.Command {
 		Use:   "resize [-q] [-f FORMAT] [--preallocation=MODE] [--shrink] FILE [+|-]SIZE",
 		Short: "Change the size of a disk",
 		Long: "Change the size of a disk to SIZE, or by it with + or -. What the disk gains\n" +
-			"reads as zeroes.",
+			"reads as zeroes. An image of version 2 that has snapshots has to be made one of\n" +
+			"version 3 first: qimg amend -o compat=1.1.",
 		Example: "  qimg resize disk.qcow2 20G\n" +
 			"  qimg resize --shrink disk.qcow2 -5G",
 		Annotations: map[string]string{lastOperand: "SIZE"},

@@ -38,7 +38,11 @@ func newSnapshot(host Host) *cobra.Command {
 			"What is changed is changed in all images or in none: all are opened, and all that\n" +
 			"can fail for their sake is done in each, before the first is changed. The change\n" +
 			"is then one write of 512 bytes for each image. A crash or a failing disk between\n" +
-			"two of those can leave some changed and some not, each of them whole.\n\n" +
+			"two of those can leave some changed and some not, each of them whole. An image\n" +
+			"and its backing file cannot be changed together.\n\n" +
+			"--from FILE, or - for standard input, holds a change on each line: create NAME,\n" +
+			"apply ID-OR-NAME, delete NAME or delete-id ID. What follows the first blank, up\n" +
+			"to the end of the line, is the name; empty lines are skipped.\n\n" +
 			"--export writes a snapshot to files of its own, both or neither. The vm state is a\n" +
 			"migration stream of QEMU, so that any number of machines resume from it:\n" +
 			"qemu-system-x86_64 ... -snapshot -incoming \"exec: cat FILE\". Of an encrypted\n" +
@@ -70,10 +74,10 @@ func newSnapshot(host Host) *cobra.Command {
 	o.open.addFlags(f, host)
 	o.open.addForceShare(f)
 	f.StringVar(&o.output, "output", "human", "of -l: human or json")
-	f.VarPF(&snapshotFlag{&o.action, 'f'}, "from", "", "do what `FILE` says, - being standard input: a line for each, create NAME, apply ID-OR-NAME, delete NAME or delete-id ID; all or nothing")
+	f.VarPF(&snapshotFlag{&o.action, 'f'}, "from", "", "make all the changes that `FILE` lists, or none")
 	f.VarPF(&snapshotFlag{&o.action, 'i'}, "import", "", "create a snapshot of the name `SNAPSHOT` from a vm state, and from a disk if it is not that of the image")
 	f.VarPF(&snapshotFlag{&o.action, 'e'}, "export", "", "write the disk or the vm state of `SNAPSHOT`, an id or a name, to files of their own")
-	f.StringVar(&o.disk, "disk", "", "of --export: qcow2 `FILE` to make of the disk; of --import: image to take the disk from")
+	f.StringVar(&o.disk, "disk", "", "of --export: qcow2 `FILE` to make of the disk, replacing an older one; of --import: image to take the disk from")
 	f.StringVar(&o.vmState, "vmstate", "", "of --export: `FILE` to make of the vm state; of --import: file to read it from; - is standard output or input")
 	f.BoolVarP(&o.quiet, "quiet", "q", false, "print errors only; nothing else is printed but the list")
 	return cmd
