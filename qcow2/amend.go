@@ -222,6 +222,11 @@ func (a *amending) apply() error {
 			a.parts++
 		}
 	}
+	if downgrade || a.width != width {
+		if err := t.checkCounted(); err != nil {
+			return err
+		}
+	}
 	if upgrade || downgrade {
 		a.changed("compat", compat(h.Version), compat(a.version))
 	}

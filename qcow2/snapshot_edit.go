@@ -60,6 +60,8 @@ type SnapshotTxn struct {
 	// now, but are not counted yet.
 	news  []int
 	freed []freedRange // what may be free after the commit
+
+	checked bool // that the disk's clusters have refcounts
 }
 
 // BeginSnapshots begins a transaction on an image that is open for writing. ctx
@@ -154,6 +156,9 @@ func (s *SnapshotTxn) Create(name string, opts *SnapshotOptions) (id string, err
 
 func (s *SnapshotTxn) create(name string, opts *SnapshotOptions) (string, error) {
 	t := s.t
+	if err := s.check(); err != nil {
+		return "", err
+	}
 	switch {
 	case len(t.snapshots) >= maxSnapshots:
 		return "", fmt.Errorf("qcow2: create snapshot: %w of %d", ErrSnapshots, maxSnapshots)
@@ -226,8 +231,20 @@ func (s *SnapshotTxn) Apply(idOrName string) error {
 	return s.do(func() error { return s.apply(idOrName) })
 }
 
+// check refuses, once, an image of which the disk would lose data.
+func (s *SnapshotTxn) check() error {
+	if s.checked {
+		return nil
+	}
+	s.checked = true
+	return s.t.checkCounted()
+}
+
 func (s *SnapshotTxn) apply(idOrName string) error {
 	t, g := s.t, &s.im.geo
+	if err := s.check(); err != nil {
+		return err
+	}
 	if _, ok := t.header.Bitmaps(); ok {
 		return fmt.Errorf("qcow2: apply snapshot: %w", ErrBitmaps)
 	}

@@ -242,6 +242,40 @@ func (t *txn) readL1(off int64, entries uint32) ([]uint64, error) {
 // writeL1 allocates and writes an L1 table of a snapshot.
 func (t *txn) writeL1(l1 []uint64) (int64, error) { return t.writeNew(appendEntries(nil, l1)) }
 
+// checkCounted refuses an image in which a table or a cluster of the disk has
+// refcount 0. It would be given to something else. Changes that read all L2
+// tables anyway begin with it.
+func (t *txn) checkCounted() error {
+	g := &t.im.geo
+	counted := func(off, n int64) error {
+		for c := off >> g.clusterBits; c <= (off+n-1)>>g.clusterBits; c++ {
+			if refs, err := t.refcount(c); err != nil {
+				return err
+			} else if refs == 0 {
+				return fmt.Errorf("qcow2: the cluster at %#x has refcount 0, but a table refers to it: run check -r all: %w", c<<g.clusterBits, ErrCorrupt)
+			}
+		}
+		return nil
+	}
+	return t.eachTable(t.l1, func(i int64, b []byte) error {
+		if err := counted(int64(t.l1[i]&l1OffsetMask), g.clusterSize); err != nil {
+			return err
+		}
+		for at := int64(0); at < int64(len(b)); at += g.l2EntrySize {
+			entry, _ := g.entryIn(b[at:])
+			if entry == 0 {
+				continue
+			}
+			if _, off, n := g.named(entry); n > 0 {
+				if err := counted(off, n); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	})
+}
+
 // settle makes the copied flags of the active tables agree with the refcounts.
 // L2 tables in which one changes are written anew.
 func (t *txn) settle() error {

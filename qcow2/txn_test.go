@@ -236,3 +236,42 @@ func TestDirtyOpensAfterRepairs(t *testing.T) {
 	}
 	mustBeClean(t, d)
 }
+
+// A cluster in use that counts as free is not given to something else: the
+// change is refused, and the guest reads what it did.
+func TestTxnUncounted(t *testing.T) {
+	im, d := newWritable(t, 1<<20, FormatOptions{ClusterSize: 4096})
+	data := bytes.Repeat([]byte("data"), 1024)
+	if _, err := im.WriteAt(data, 8192); err != nil {
+		t.Fatal(err)
+	}
+	if err := im.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	r, err := im.lookup(8192, 4096)
+	if err != nil {
+		t.Fatal(err)
+	}
+	block := int64(im.w.alloc.table[0])
+	if _, err := d.WriteAt([]byte{0, 0}, block+r.host>>12*2); err != nil {
+		t.Fatal(err)
+	}
+	for name, change := range map[string]func(im *Image) error{
+		"snapshot create": func(im *Image) error { _, err := im.CreateSnapshot(t.Context(), "a", nil); return err },
+		"refcount_bits":   func(im *Image) error { _, err := im.Amend(t.Context(), &AmendOptions{RefcountBits: 8}); return err },
+		"compat=0.10":     func(im *Image) error { _, err := im.Amend(t.Context(), &AmendOptions{Version: 2}); return err },
+	} {
+		re, err := New(d, &OpenOptions{Write: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := change(re); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("%s: %v", name, err)
+		}
+		got := make([]byte, len(data))
+		if _, err := re.ReadAt(got, 8192); err != nil || !bytes.Equal(got, data) {
+			t.Errorf("%s: the guest reads something else (%v)", name, err)
+		}
+		re.Close()
+	}
+}
