@@ -35,7 +35,7 @@ func (v *l2Visits) add(x l2Visit) {
 // appendDoubling appends to a long list with less copying than append has.
 func appendDoubling[T any](list []T, x T) []T {
 	if len(list) == cap(list) {
-		list = slices.Grow(list, max(len(list), 64))
+		list = append(make([]T, 0, max(2*len(list), 64)), list...)
 	}
 	return append(list, x)
 }
