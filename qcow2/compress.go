@@ -1,22 +1,21 @@
 package qcow2
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
 
-	"github.com/klauspost/compress/flate"
 	"github.com/klauspost/compress/zstd"
+
+	"qimg/qcow2/internal/inflate"
 )
 
 // codec is what decompressing one cluster at a time needs; it is used again
 // and again.
 type codec struct {
-	in    []byte // compressed bytes, at most two clusters
-	src   bytes.Reader
-	flate io.ReadCloser
-	zstd  *zstd.Decoder
+	in   []byte // compressed bytes, at most two clusters
+	zlib inflate.Decoder
+	zstd *zstd.Decoder
 }
 
 // readCompressed fills p with the bytes of a compressed cluster from in on.
@@ -51,17 +50,16 @@ func (im *Image) extend(c *partCluster, n int) error {
 	}
 	off, size := im.geo.compressed(c.key.entry)
 	if c.n == 0 {
-		if c.err = im.readCodec(c.codec, off, size); c.err != nil {
-			err := c.err
-			c.err = nil // another time it may do
-			return err
+		if err := im.readCodec(c.codec, off, size); err != nil {
+			return err // another time it may do
 		}
+		c.codec.zlib.Reset(c.codec.in, c.b)
 	}
 	var err error
 	if im.header.CompressionType == CompressionZstd {
 		err = c.codec.unzstd(c.b)
 	} else {
-		_, err = io.ReadFull(c.codec.flate, c.b[c.n:n])
+		err = c.codec.zlib.Fill(n)
 	}
 	if err != nil {
 		c.err = im.compressedError(off, size, err)
@@ -84,9 +82,6 @@ func (im *Image) readCodec(c *codec, off, n int64) error {
 	if err := readFull(im.dev, c.in, off); err != nil {
 		return fmt.Errorf("qcow2: compressed cluster at %#x: %w", off, err)
 	}
-	if im.header.CompressionType == CompressionZlib {
-		return c.startInflate()
-	}
 	return nil
 }
 
@@ -102,22 +97,14 @@ func (im *Image) decompress(p []byte, entry uint64) error {
 	if im.header.CompressionType == CompressionZstd {
 		err = c.unzstd(p)
 	} else {
-		_, err = io.ReadFull(c.flate, p)
+		c.zlib.Reset(c.in, p)
+		err = c.zlib.Fill(len(p))
+		c.zlib.Reset(nil, nil) // p is the caller's
 	}
 	if err != nil {
 		return im.compressedError(off, n, err)
 	}
 	return nil
-}
-
-// startInflate makes c.flate read the raw deflate stream at the start of c.in.
-func (c *codec) startInflate() error {
-	c.src.Reset(c.in)
-	if c.flate == nil {
-		c.flate = flate.NewReader(&c.src)
-		return nil
-	}
-	return c.flate.(flate.Resetter).Reset(&c.src, nil)
 }
 
 // unzstd fills p from the zstd frames at the start of c.in. The frame that p
