@@ -5,9 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
-	"runtime"
 	"testing"
-	"time"
 
 	"qimg/qcow2/blockdev"
 )
@@ -171,17 +169,20 @@ func fuzzEdit(b []byte, fields []int64, e []byte) {
 
 // fuzzUse writes to an image and checks what is left.
 func fuzzUse(t *testing.T, b, ops []byte, valid bool) {
-	var start, end runtime.MemStats
-	runtime.ReadMemStats(&start)
-	began := time.Now()
 	dev := fuzzMemory(b)
 	sound := false
-	if im, err := New(dev, nil); err == nil {
-		res, err := im.Check(t.Context(), nil)
-		sound = err == nil && res.Corruptions+res.CheckErrors == 0
-		im.Close()
-	}
-	im, err := New(dev, &OpenOptions{Write: true})
+	var im *Image
+	var err error
+	var use Use
+	use.Of(func() {
+		if im, err := New(dev, nil); err == nil {
+			res, err := im.Check(t.Context(), nil)
+			sound = err == nil && res.Corruptions+res.CheckErrors == 0
+			im.Close()
+		}
+		im, err = New(dev, &OpenOptions{Write: true})
+	})
+	use.Bounded(t, dev, len(b))
 	if err != nil {
 		if valid {
 			t.Fatal(err)
@@ -202,38 +203,34 @@ func fuzzUse(t *testing.T, b, ops []byte, valid bool) {
 		if ops[3]&8 != 0 {
 			off = size - off // at the end of the disk
 		}
-		switch ops[3] % 8 {
-		case 0, 1, 2:
-			_, err = im.WriteAt(fill[:n], off)
-		case 3:
-			err = im.WriteZeroes(off, n)
-		case 4:
-			err = im.Discard(off, n)
-		case 5:
-			err = im.Sync()
-		case 6:
-			guestOnly = false
-			_, err = im.CreateSnapshot(t.Context(), "new", nil)
-		case 7:
-			guestOnly = false
-			err = im.DeleteSnapshot(t.Context(), "s")
-		}
+		use.Of(func() {
+			switch ops[3] % 8 {
+			case 0, 1, 2:
+				_, err = im.WriteAt(fill[:n], off)
+			case 3:
+				err = im.WriteZeroes(off, n)
+			case 4:
+				err = im.Discard(off, n)
+			case 5:
+				err = im.Sync()
+			case 6:
+				guestOnly = false
+				_, err = im.CreateSnapshot(t.Context(), "new", nil)
+			case 7:
+				guestOnly = false
+				err = im.DeleteSnapshot(t.Context(), "s")
+			}
+		})
 		if valid && err != nil && !errors.Is(err, blockdev.ErrRange) && !errors.Is(err, ErrNotFound) && !errors.Is(err, ErrLimit) {
 			t.Fatal(err)
 		}
 		ops = ops[4:]
 	}
-	err = im.Close()
+	use.Of(func() { err = im.Close() })
 	if valid && err != nil {
 		t.Fatal(err)
 	}
-	if took := time.Since(began); took > 5*time.Second {
-		t.Fatalf("%v for an image of %d bytes", took, len(b))
-	}
-	runtime.ReadMemStats(&end)
-	if n := end.TotalAlloc - start.TotalAlloc; n > 64<<20+8*uint64(len(b)) {
-		t.Fatalf("%d bytes allocated for an image of %d", n, len(b))
-	}
+	use.Bounded(t, dev, len(b))
 	if guestOnly && im.header.RefcountTableOffset == refcountTable {
 		sector := make([]byte, 512)
 		for _, at := range tables {

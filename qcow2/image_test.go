@@ -506,10 +506,15 @@ func write(t testing.TB, path string, b []byte) {
 func FuzzOpen(f *testing.F) {
 	seeds(f)
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if im, err := qcow2.New(memory(b), &qcow2.OpenOptions{Backing: qcow2.BackingIgnore}); err == nil {
-			im.Bitmaps()
-			im.Close()
-		}
+		dev := memory(b)
+		var use qcow2.Use
+		use.Of(func() {
+			if im, err := qcow2.New(dev, &qcow2.OpenOptions{Backing: qcow2.BackingIgnore}); err == nil {
+				im.Bitmaps()
+				im.Close()
+			}
+		})
+		use.Bounded(t, dev, len(b))
 	})
 }
 
@@ -517,29 +522,37 @@ func FuzzOpen(f *testing.F) {
 func FuzzImage(f *testing.F) {
 	seeds(f)
 	f.Fuzz(func(t *testing.T, b []byte) {
-		im, err := qcow2.New(memory(b), &qcow2.OpenOptions{Backing: qcow2.BackingIgnore})
-		if err != nil {
-			return
-		}
-		buf := make([]byte, 4096)
-		for off, i := int64(0), 0; off < im.Size() && i < 200; i++ {
-			e, err := im.NextExtent(off)
-			if err != nil {
-				break
-			}
-			if e.Off != off || e.Len < 1 || e.Len > im.Size()-off {
-				t.Fatalf("bad extent %+v at %d of %d", e, off, im.Size())
-			}
-			n, err := im.ReadAt(buf[:min(e.Len, 4096)], off)
-			if err == nil && e.Kind.ReadsZero() && len(bytes.Trim(buf[:n], "\x00")) > 0 {
-				t.Fatalf("extent %+v does not read as zeroes", e)
-			}
-			off += e.Len
-		}
-		if _, err := im.Check(t.Context(), &qcow2.CheckOptions{Found: func(f qcow2.Finding) { _ = f.String() }}); err != nil && errors.Is(err, qcow2.ErrFormat) {
-			t.Fatal(err)
-		}
+		dev := memory(b)
+		var use qcow2.Use
+		use.Of(func() { readAndCheck(t, dev) })
+		use.Bounded(t, dev, len(b))
 	})
+}
+
+// readAndCheck reads an image, up to 200 extents, and checks it.
+func readAndCheck(t *testing.T, dev blockdev.Reader) {
+	im, err := qcow2.New(dev, &qcow2.OpenOptions{Backing: qcow2.BackingIgnore})
+	if err != nil {
+		return
+	}
+	buf := make([]byte, 4096)
+	for off, i := int64(0), 0; off < im.Size() && i < 200; i++ {
+		e, err := im.NextExtent(off)
+		if err != nil {
+			break
+		}
+		if e.Off != off || e.Len < 1 || e.Len > im.Size()-off {
+			t.Fatalf("bad extent %+v at %d of %d", e, off, im.Size())
+		}
+		n, err := im.ReadAt(buf[:min(e.Len, 4096)], off)
+		if err == nil && e.Kind.ReadsZero() && len(bytes.Trim(buf[:n], "\x00")) > 0 {
+			t.Fatalf("extent %+v does not read as zeroes", e)
+		}
+		off += e.Len
+	}
+	if _, err := im.Check(t.Context(), &qcow2.CheckOptions{Found: func(f qcow2.Finding) { _ = f.String() }}); err != nil && errors.Is(err, qcow2.ErrFormat) {
+		t.Fatal(err)
+	}
 }
 
 func seeds(f *testing.F) {

@@ -245,7 +245,13 @@ func converges(t *testing.T, b []byte) {
 	dev := disk(t, b)
 	guest := guestOf(dev)
 	for round := 0; ; round++ {
-		res, err := qcow2.Repair(t.Context(), dev, &qcow2.RepairOptions{Found: func(f qcow2.Finding) { _ = f.String() }})
+		var res qcow2.RepairResult
+		var err error
+		var use qcow2.Use
+		use.Of(func() {
+			res, err = qcow2.Repair(t.Context(), dev, &qcow2.RepairOptions{Found: func(f qcow2.Finding) { _ = f.String() }})
+		})
+		use.Bounded(t, dev, len(b))
 		if err != nil {
 			return
 		}

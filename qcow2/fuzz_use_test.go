@@ -1,0 +1,42 @@
+package qcow2
+
+import (
+	"runtime/metrics"
+	"testing"
+	"time"
+
+	"qimg/qcow2/blockdev"
+)
+
+// Use is what the library has used in a fuzz test: bytes allocated and time.
+type Use struct {
+	bytes uint64
+	time  time.Duration
+}
+
+// Of adds what f uses.
+func (u *Use) Of(f func()) {
+	before, start := allocated(), time.Now()
+	f()
+	u.time += time.Since(start)
+	u.bytes += allocated() - before
+}
+
+// Bounded asks for a second at most and 64 MiB and four times the n bytes of
+// input. What a device in memory has allocated as the file became longer is
+// not the library's.
+func (u *Use) Bounded(t *testing.T, dev blockdev.Reader, n int) {
+	t.Helper()
+	if u.time > time.Second {
+		t.Fatalf("%v for an image of %d bytes", u.time, n)
+	}
+	if longer := max(dev.Size()-int64(n), 0); u.bytes > uint64(64<<20+4*int64(n)+longer) {
+		t.Fatalf("%d bytes allocated for an image of %d, now %d bytes longer", u.bytes, n, longer)
+	}
+}
+
+func allocated() uint64 {
+	s := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
+	metrics.Read(s)
+	return s[0].Value.Uint64()
+}
