@@ -356,24 +356,20 @@ func (t *txn) setBits(ctx context.Context, b *Bitmap, runs func(f func(first, en
 	if !more || err != nil {
 		return err
 	}
-	w, err := t.newBitmapTable(int64(b.TableSize))
-	if err != nil {
-		return err
-	}
 	n := b.bits(t.im.header.bitmapSize())
 	perCluster := t.im.geo.clusterSize * 8
 	var cluster []byte
-	err = t.im.bitmapTable(ctx, b, func(i int64, entry uint64) error {
+	return t.rewriteBitmapTable(ctx, b, int64(b.TableSize), func(i int64, entry uint64) (uint64, error) {
 		at := i * perCluster
 		end := min(at+perCluster, n)
 		if !more || run.first >= end {
-			return w.put(entry)
+			return entry, nil
 		}
 		if cluster == nil {
 			cluster = make([]byte, t.im.geo.clusterSize)
 		}
 		if err := t.im.readBitmapCluster(b, entry, end-at, cluster); err != nil {
-			return err
+			return 0, err
 		}
 		changed := false
 		for more && run.first < end {
@@ -385,23 +381,14 @@ func (t *txn) setBits(ctx context.Context, b *Bitmap, runs func(f func(first, en
 				break
 			}
 			if run, err, more = next(); err != nil {
-				return err
+				return 0, err
 			}
 		}
-		if changed {
-			if entry, err = t.replaceBitmapCluster(entry, cluster); err != nil {
-				return err
-			}
+		if !changed {
+			return entry, nil
 		}
-		return w.put(entry)
+		return t.replaceBitmapCluster(entry, cluster)
 	})
-	if err != nil {
-		return err
-	}
-	if err := t.count(int64(b.TableOffset), int64(b.TableSize)*8, -1); err != nil {
-		return err
-	}
-	return w.finish(b)
 }
 
 // pushed turns a function that calls back into a sequence.
@@ -491,26 +478,34 @@ func (t *txn) resizeBitmap(ctx context.Context, b *Bitmap, size int64) error {
 		return nil
 	}
 	n := min(b.bits(old), b.bits(size)) // bits that stay
-	entries := b.tableEntries(&t.im.geo, size)
+	perCluster := t.im.geo.clusterSize * 8
+	return t.rewriteBitmapTable(ctx, b, b.tableEntries(&t.im.geo, size), func(i int64, entry uint64) (uint64, error) {
+		at := i * perCluster
+		if at >= n {
+			return 0, t.freeBitmapCluster(entry)
+		}
+		if at+perCluster <= n || entry == 0 {
+			return entry, nil
+		}
+		cluster := make([]byte, t.im.geo.clusterSize)
+		if err := t.im.readBitmapCluster(b, entry, n-at, cluster); err != nil {
+			return 0, err
+		}
+		return t.replaceBitmapCluster(entry, cluster)
+	})
+}
+
+// rewriteBitmapTable gives b a new table of the given number of entries, which
+// are what change makes of the old ones. Those beyond are dropped.
+func (t *txn) rewriteBitmapTable(ctx context.Context, b *Bitmap, entries int64, change func(i int64, entry uint64) (uint64, error)) error {
 	w, err := t.newBitmapTable(entries)
 	if err != nil {
 		return err
 	}
-	perCluster := t.im.geo.clusterSize * 8
 	err = t.im.bitmapTable(ctx, b, func(i int64, entry uint64) error {
-		at := i * perCluster
-		if at >= n {
-			return t.freeBitmapCluster(entry)
-		}
-		if at+perCluster > n && entry != 0 {
-			cluster := make([]byte, t.im.geo.clusterSize)
-			if err := t.im.readBitmapCluster(b, entry, n-at, cluster); err != nil {
-				return err
-			}
-			var err error
-			if entry, err = t.replaceBitmapCluster(entry, cluster); err != nil {
-				return err
-			}
+		entry, err := change(i, entry)
+		if err != nil || i >= entries {
+			return err
 		}
 		return w.put(entry)
 	})

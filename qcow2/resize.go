@@ -496,30 +496,18 @@ func (t *txn) moveBitmaps(high func(off uint64) bool) error {
 			continue
 		}
 		changed = true
-		w, err := t.newBitmapTable(int64(b.TableSize))
-		if err != nil {
-			return err
-		}
 		cluster := make([]byte, t.im.geo.clusterSize)
-		err = t.im.bitmapTable(t.ctx, b, func(_ int64, entry uint64) error {
-			if off := entry & bitmapTableOffsetMask; off != 0 && high(off) {
-				if err := readFull(t.im.dev, cluster, int64(off)); err != nil {
-					return fmt.Errorf("qcow2: bitmap %q: cluster at %#x: %w", b.Name, off, err)
-				}
-				var err error
-				if entry, err = t.replaceBitmapCluster(entry, cluster); err != nil {
-					return err
-				}
+		err := t.rewriteBitmapTable(t.ctx, b, int64(b.TableSize), func(_ int64, entry uint64) (uint64, error) {
+			off := entry & bitmapTableOffsetMask
+			if off == 0 || !high(off) {
+				return entry, nil
 			}
-			return w.put(entry)
+			if err := readFull(t.im.dev, cluster, int64(off)); err != nil {
+				return 0, fmt.Errorf("qcow2: bitmap %q: cluster at %#x: %w", b.Name, off, err)
+			}
+			return t.replaceBitmapCluster(entry, cluster)
 		})
 		if err != nil {
-			return err
-		}
-		if err := t.count(int64(b.TableOffset), int64(b.TableSize)*8, -1); err != nil {
-			return err
-		}
-		if err := w.finish(b); err != nil {
 			return err
 		}
 	}
