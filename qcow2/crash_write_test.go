@@ -308,7 +308,7 @@ func TestCrashSequences(t *testing.T) {
 	} else if raceOn {
 		share = 1000
 	}
-	states := 0
+	states, faults := 0, 0
 	for vi, v := range variants() {
 		t.Run(v.name, func(t *testing.T) {
 			f := newFixture(t, v)
@@ -318,6 +318,7 @@ func TestCrashSequences(t *testing.T) {
 					tr := f.trial(t)
 					steps(tr)
 					states += tr.Verify(opts)
+					faults += tr.RepairFaults
 				})
 			}
 			n := vi
@@ -343,9 +344,9 @@ func TestCrashSequences(t *testing.T) {
 			}
 		})
 	}
-	t.Logf("%d states", states)
-	if !t.Failed() && states < 5000 && !raceOn {
-		t.Errorf("%d states, expected 5000 at least", states)
+	t.Logf("%d states, %d faults while one was repaired", states, faults)
+	if !t.Failed() && !raceOn && (states < 5000 || faults < 200) {
+		t.Errorf("%d states, %d faults while one was repaired; expected 5000 and 200 at least", states, faults)
 	}
 }
 

@@ -33,13 +33,16 @@ import (
 // everything else (size, features, snapshots with their content) is as it was
 // before an operation of Do or as it is after it. There are no leaks, except
 // after guest writes up to the end of the next Do. Some states are written to,
-// and some are shown to qemu-img check.
+// some are repaired on a device that fails, and some are shown to qemu-img
+// check.
 //
 // TrialFaults runs such work on a device that fails.
 type Trial struct {
 	// Image is open for writing. Guest data is to be changed by the methods of
 	// the trial only.
 	Image *Image
+	// RepairFaults counts the repairs that met a fault.
+	RepairFaults int
 
 	t    testing.TB
 	opts TrialOptions
@@ -70,7 +73,8 @@ type TrialOptions struct {
 	// operation, for instance what bitmaps say.
 	Digest func(im *Image) (string, error)
 	// Every n-th state is written to, and shown to qemu-img check, and so is
-	// the last. 0 means 20 and 200, a negative number never.
+	// the last. 0 means 20 and 200, a negative number never. The states before
+	// those written to are repaired.
 	EveryWrite, EveryOracle int
 
 	fault   *blocktest.Fault
@@ -481,9 +485,15 @@ func (tr *Trial) TryVerify(opts *blocktest.CrashOptions) (n int, err error) {
 		}
 		n++
 		write := tr.opts.EveryWrite > 0 && n%tr.opts.EveryWrite == 0
+		repair := tr.opts.EveryWrite > 0 && n%tr.opts.EveryWrite == tr.opts.EveryWrite-1
 		oracle := tr.opts.EveryOracle > 0 && n%tr.opts.EveryOracle == 0
 		if err := tr.checkState(s.Devs, s.Mark.(*expectation).alts, write, oracle); err != nil {
 			return n, fmt.Errorf("state %d: %w\n%v", n, err, s)
+		}
+		if repair {
+			if err := tr.checkRepair(s.Devs, s.Mark.(*expectation).alts, n/tr.opts.EveryWrite); err != nil {
+				return n, fmt.Errorf("state %d: repair: %w\n%v", n, err, s)
+			}
 		}
 	}
 	end := outcome{guest: tr.cur, rest: tr.now[len(tr.now)-1].rest}
@@ -662,6 +672,41 @@ func (tr *Trial) checkState(ms []*blockdev.Memory, alts []outcome, write, oracle
 		return fmt.Errorf("write to what is left: %w", err)
 	}
 	return nil
+}
+
+// checkRepair repairs a state while one call of the device fails, by seed, and
+// repairs what that leaves.
+func (tr *Trial) checkRepair(ms []*blockdev.Memory, alts []outcome, seed int) error {
+	faults := trialFaults()
+	fault := faults[seed%len(faults)]
+	fault.Call = 1 + seed/len(faults)%8
+	if fault.Kind == blocktest.Read || fault.Kind == 0 {
+		fault.Call = 1 + seed/len(faults)%40
+	}
+	ms = slices.Clone(ms)
+	ms[0] = ms[0].Clone()
+	bad := blocktest.NewFaulty(ms[0], fault)
+	res, err := Repair(tr.t.Context(), bad, nil)
+	if bad.Fired() {
+		tr.RepairFaults++
+	}
+	switch {
+	case err != nil && !(bad.Fired() && errors.Is(err, fault.Err)):
+		return err
+	case err == nil && bad.Fired() && bad.FiredKind() != blocktest.Read:
+		return fmt.Errorf("no error although %v failed", bad.FiredKind())
+	}
+	if err := tr.checkState(ms, alts, false, false); err != nil {
+		return fmt.Errorf("after %+v: %w", fault, err)
+	}
+	if res, err = Repair(tr.t.Context(), ms[0], nil); err != nil || !res.Clean() {
+		return fmt.Errorf("once more: %v, %+v", err, res)
+	}
+	alts = slices.Clone(alts)
+	for i := range alts {
+		alts[i].leaks = false
+	}
+	return tr.checkState(ms, alts, false, false)
 }
 
 // checkClean returns the leaks of an image, which is to have nothing else.
