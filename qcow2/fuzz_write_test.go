@@ -70,13 +70,13 @@ func fuzzFields(b []byte) (fields []int64, tables []int64) {
 	defer im.Close()
 	h, g := &im.header, &im.geo
 	entries := func(off, n int64) {
-		for at := off; at < off+n && at+8 <= int64(len(b)); at += 8 {
+		for at := off; 0 <= at && at < off+n && at+8 <= int64(len(b)); at += 8 {
 			fields = append(fields, at)
 		}
 	}
 	table := func(off, n int64) {
 		entries(off, n)
-		for at := off &^ 511; at < off+n && at+512 <= int64(len(b)); at += 512 {
+		for at := off &^ 511; 0 <= at && at < off+n && at+512 <= int64(len(b)); at += 512 {
 			tables = append(tables, at)
 		}
 	}
