@@ -16,6 +16,17 @@ type plannedRun struct {
 
 func (r plannedRun) end() int64 { return r.cluster + r.n }
 
+// compare tells whether a run lies before a cluster, holds it, or lies behind it.
+func (r plannedRun) compare(cluster int64) int {
+	switch {
+	case r.end() <= cluster:
+		return -1
+	case r.cluster > cluster:
+		return 1
+	}
+	return 0
+}
+
 // plan is the set of guest clusters that an image gets, ascending. Runs
 // neither touch nor overlap.
 type plan []plannedRun
@@ -72,19 +83,24 @@ func (p plan) clusters() int64 {
 
 // find returns the run that holds a guest cluster.
 func (p plan) find(cluster int64) (plannedRun, bool) {
-	i, ok := slices.BinarySearchFunc(p, cluster, func(r plannedRun, cluster int64) int {
-		switch {
-		case r.end() <= cluster:
-			return -1
-		case r.cluster > cluster:
-			return 1
-		}
-		return 0
-	})
+	i, ok := slices.BinarySearchFunc(p, cluster, plannedRun.compare)
 	if !ok {
 		return plannedRun{}, false
 	}
 	return p[i], true
+}
+
+// from returns the first planned cluster that is not below cluster; one that no
+// image has if there is none.
+func (p plan) from(cluster int64) int64 {
+	i, ok := slices.BinarySearchFunc(p, cluster, plannedRun.compare)
+	switch {
+	case ok:
+		return cluster
+	case i < len(p):
+		return p[i].cluster
+	}
+	return 1 << 62
 }
 
 // tables yields the L2 tables that the plan needs, as L1 indexes.

@@ -32,6 +32,9 @@ type WriterOptions struct {
 	// through once, by NewWriter. With a backing file they have to cover whole
 	// clusters: the rest of a cluster would hide what is below it.
 	Extents iter.Seq2[int64, int64]
+	// InOrder: the disk will be written from its beginning to its end, in place
+	// of Extents; see Writer.
+	InOrder bool
 	// Sync makes Finish sync the device before it writes the header, so that
 	// after a crash there is no header of tables that are not there. It is for
 	// devices that nobody syncs and then puts in place by a rename, as
@@ -59,6 +62,13 @@ type WriterOptions struct {
 // Clusters of zeroes are not stored, those that do not get smaller are stored
 // as they are.
 //
+// With InOrder there is no plan: what is stored is known only while it is being
+// written. All of the disk is named, from its beginning to its end and in whole
+// clusters, by WriteAt, WriteSparse, WriteZeroes and Skip; each goroutine takes
+// the lowest part that no other has taken. Without compression and encryption
+// each of these calls waits until those before it have their places, and then
+// writes side by side with them.
+//
 // With encryption all of that is the same, since what is never written would
 // not read as zeroes, but clusters are encrypted, not compressed. Both together
 // are refused, as by QEMU.
@@ -82,6 +92,7 @@ type Writer struct {
 	geo      geometry
 	plan     plan
 	sync     bool // before the header
+	inOrder  bool
 	done     atomic.Bool
 	failed   atomic.Pointer[error] // the first error
 
@@ -89,7 +100,7 @@ type Writer struct {
 	cryptArea []byte // what is not zero of the encryption header, which lies in the second cluster
 	first     int64  // cluster behind the header and the encryption header
 
-	ordered *orderedWriter // nil: not compressed, not encrypted
+	ordered *orderedWriter // nil: every cluster has its place
 }
 
 // NewWriter begins an image of size bytes, rounded up to a multiple of 512, on
@@ -103,6 +114,9 @@ func NewWriter(ctx context.Context, dst blockdev.Device, size int64, opts *Write
 	if opts.Compress && opts.Encrypt.Method != CryptNone {
 		return nil, OptionError("Compression and encryption not supported at the same time")
 	}
+	if opts.InOrder && opts.Extents != nil {
+		return nil, OptionError("A plan and writing in order exclude each other")
+	}
 	h, err := opts.header(size)
 	if err != nil {
 		return nil, err
@@ -115,13 +129,13 @@ func NewWriter(ctx context.Context, dst blockdev.Device, size int64, opts *Write
 	if err != nil {
 		return nil, err
 	}
-	w.sync = opts.Sync
+	w.sync, w.inOrder = opts.Sync, opts.InOrder
 	w.plan, err = newPlan(opts.Extents, int64(h.Size), w.geo.clusterBits, h.BackingFile != "")
 	if err != nil {
 		return nil, err
 	}
-	if opts.Compress || w.crypt != nil {
-		w.ordered, err = newOrderedWriter(w, opts.Compress)
+	if opts.Compress || opts.InOrder || w.crypt != nil {
+		w.ordered, err = newOrderedWriter(w, opts)
 	} else {
 		err = w.writeTables(ctx, w.host, w.plan.clusters(), 0, subclusterAllocMask)
 	}
@@ -323,7 +337,7 @@ func (w *Writer) writeZeroes(off, n int64) error {
 		return err
 	}
 	if w.ordered != nil {
-		return w.ordered.writeZeroes(off, n)
+		return w.ordered.writeNothing(contentZero, off, n)
 	}
 	for end := off + n; off < end; {
 		host, part, err := w.locate(off, end-off)
@@ -336,6 +350,64 @@ func (w *Writer) writeZeroes(off, n int64) error {
 		off += part
 	}
 	return nil
+}
+
+// WriteSparse implements blockdev.SparseWriter for whole clusters, of the piece
+// and of its data.
+func (w *Writer) WriteSparse(p []byte, off int64, data []blockdev.Range) error {
+	if err := w.usable(); err != nil {
+		return err
+	}
+	return w.fail(w.writeSparse(p, off, data))
+}
+
+func (w *Writer) writeSparse(p []byte, off int64, data []blockdev.Range) error {
+	if err := w.check(off, int64(len(p))); err != nil {
+		return err
+	}
+	at, end := off, off+int64(len(p))
+	for _, r := range data {
+		if r.Off < at || r.Len <= 0 || r.Len > end-r.Off {
+			return fmt.Errorf("qcow2: write of %d bytes at %#x: data of %d bytes at %#x is out of order", len(p), off, r.Len, r.Off)
+		}
+		if err := w.check(r.Off, r.Len); err != nil {
+			return err
+		}
+		at = r.Off + r.Len
+	}
+	if w.ordered != nil {
+		return w.ordered.writeSparse(p, off, data)
+	}
+	at = off
+	for _, r := range data {
+		if err := w.writeZeroes(at, r.Off-at); err != nil {
+			return err
+		}
+		if _, err := w.write(p[r.Off-off:][:r.Len], r.Off); err != nil {
+			return err
+		}
+		at = r.Off + r.Len
+	}
+	return w.writeZeroes(at, end-at)
+}
+
+// Skip leaves whole clusters unallocated, so that a backing file shows through
+// or they read as zeroes. It is for images that are written in order.
+func (w *Writer) Skip(off, n int64) error {
+	if err := w.usable(); err != nil {
+		return err
+	}
+	return w.fail(w.skip(off, n))
+}
+
+func (w *Writer) skip(off, n int64) error {
+	if err := w.check(off, n); err != nil {
+		return err
+	}
+	if !w.inOrder {
+		return fmt.Errorf("qcow2: skip of %d bytes at %#x: the image has a plan", n, off)
+	}
+	return w.ordered.writeNothing(contentSkipped, off, n)
 }
 
 // check checks a guest range that is to be written.
@@ -408,26 +480,39 @@ const parkedBytes = 16 << 20
 // growStep is by how much a device grows whose final size is not known yet.
 const growStep = 64 << 20
 
-// content is a cluster that waits for its place.
+// content is a cluster, or a run of those without data, that waits for its place.
 type content struct {
-	cluster    int64
-	data       []byte  // nil: zeroes
-	compressed bool    // else data is a whole cluster
-	buf        *[]byte // of the pool, holds data; nil if data is the caller's
+	cluster int64
+	n       int64 // clusters
+	kind    contentKind
+	data    []byte  // of stored and compressed
+	buf     *[]byte // of the pool, holds data; nil if data is the caller's
 }
+
+type contentKind uint8
+
+const (
+	contentSkipped contentKind = iota // stays unallocated
+	contentZero                       // reads as zeroes
+	contentStored                     // a whole cluster
+	contentCompressed
+)
 
 // orderedWriter places clusters in the order of the guest.
 type orderedWriter struct {
 	w *Writer
 	c *compressor
-	// compress: else clusters are stored encrypted.
+	// compress: else clusters are stored as they are, or encrypted.
 	compress bool
+	// direct: clusters are written by the caller, and tables by themselves, in
+	// place of all in a row.
+	direct bool
 
 	mu     sync.Mutex
 	turn   sync.Cond         // next has changed, or the Writer has failed
-	next   int64             // rank whose turn it is
+	next   int64             // cluster whose turn it is
 	busy   bool              // it is being placed
-	parked map[int64]content // by rank, all above next
+	parked map[int64]content // by cluster, all above next
 	limit  int               // of parked
 
 	// The rest belongs to whoever has set busy.
@@ -442,22 +527,27 @@ type orderedWriter struct {
 	outStart int64
 }
 
-func newOrderedWriter(w *Writer, compress bool) (*orderedWriter, error) {
+func newOrderedWriter(w *Writer, opts *WriterOptions) (*orderedWriter, error) {
 	c, err := newCompressor(w.header.CompressionType, w.geo.clusterSize)
 	if err != nil {
 		return nil, err
 	}
 	o := &orderedWriter{
-		w: w, c: c, compress: compress,
+		w: w, c: c, compress: opts.Compress, direct: !opts.Compress && w.crypt == nil,
 		parked:  map[int64]content{},
 		limit:   int(max(8, parkedBytes>>w.geo.clusterBits)),
 		alloc:   newAppender(&w.geo),
 		l1:      make([]uint64, w.header.L1Size), // at most maxL1Size bytes, see setSize
 		l2:      make([]byte, w.geo.clusterSize),
 		l2Index: -1,
-		out:     make([]byte, 0, max(tableBuffer, 2*w.geo.clusterSize)),
+	}
+	if !o.direct {
+		o.out = make([]byte, 0, max(tableBuffer, 2*w.geo.clusterSize))
 	}
 	o.turn.L = &o.mu
+	if !opts.InOrder {
+		o.next = w.plan.from(0)
+	}
 	o.alloc.clusters(w.first - 1)
 	for area, off := w.cryptArea, w.geo.clusterSize; len(area) > 0; off += w.geo.clusterSize {
 		n := min(int64(len(area)), w.geo.clusterSize)
@@ -479,10 +569,16 @@ func (o *orderedWriter) wake() {
 }
 
 func (o *orderedWriter) write(p []byte, off int64) (int, error) {
+	if o.direct {
+		if err := o.writeSparse(p, off, []blockdev.Range{{Off: off, Len: int64(len(p))}}); err != nil {
+			return 0, err
+		}
+		return len(p), nil
+	}
 	g := &o.w.geo
 	done := 0
 	for done < len(p) {
-		rank, err := o.rank(off + int64(done))
+		cluster, err := o.planned(off + int64(done))
 		if err != nil {
 			return done, err
 		}
@@ -491,8 +587,8 @@ func (o *orderedWriter) write(p []byte, off int64) (int, error) {
 		if err != nil {
 			return done, err
 		}
-		c.cluster = (off + int64(done)) >> g.clusterBits
-		if err := o.submit(rank, c); err != nil {
+		c.cluster, c.n = cluster, 1
+		if err := o.submit(c); err != nil {
 			return done, err
 		}
 		done += len(part)
@@ -500,35 +596,164 @@ func (o *orderedWriter) write(p []byte, off int64) (int, error) {
 	return done, nil
 }
 
-func (o *orderedWriter) writeZeroes(off, n int64) error {
-	for end := off + n; off < end; off += o.w.geo.clusterSize {
-		rank, err := o.rank(off)
-		if err != nil {
-			return err
+// writeSparse writes those clusters of p, which lies at off, that data names.
+func (o *orderedWriter) writeSparse(p []byte, off int64, data []blockdev.Range) error {
+	if !o.direct {
+		at := off
+		for _, r := range data {
+			if err := o.writeNothing(contentZero, at, r.Off-at); err != nil {
+				return err
+			}
+			if _, err := o.write(p[r.Off-off:][:r.Len], r.Off); err != nil {
+				return err
+			}
+			at = r.Off + r.Len
 		}
-		if err := o.submit(rank, content{cluster: off >> o.w.geo.clusterBits}); err != nil {
+		return o.writeNothing(contentZero, at, off+int64(len(p))-at)
+	}
+	g := &o.w.geo
+	runs, err := o.take(off>>g.clusterBits, g.clusters(int64(len(p))), func() ([]hostRun, error) {
+		var runs []hostRun
+		at := off
+		for _, r := range data {
+			if err := o.placeNothing(contentZero, at>>g.clusterBits, (r.Off-at)>>g.clusterBits); err != nil {
+				return nil, err
+			}
+			var err error
+			if runs, err = o.placeData(runs, r); err != nil {
+				return nil, err
+			}
+			at = r.Off + r.Len
+		}
+		return runs, o.placeNothing(contentZero, at>>g.clusterBits, g.clusters(off+int64(len(p))-at))
+	})
+	if err != nil {
+		return err
+	}
+	for _, r := range runs {
+		if _, err := o.w.dst.WriteAt(p[r.off-off:][:r.n], r.host); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (o *orderedWriter) rank(off int64) (int64, error) {
-	cluster := off >> o.w.geo.clusterBits
-	r, ok := o.w.plan.find(cluster)
-	if !ok {
-		return 0, fmt.Errorf("qcow2: write at %#x: %w", off, ErrNotPlanned)
+// hostRun is where n bytes of the guest at off are to be written.
+type hostRun struct{ host, off, n int64 }
+
+// take waits until it is the turn of n clusters, and has them placed.
+func (o *orderedWriter) take(cluster, n int64, do func() ([]hostRun, error)) ([]hostRun, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for (cluster > o.next || o.busy) && o.w.usable() == nil {
+		o.turn.Wait()
 	}
-	return r.rank + cluster - r.cluster, nil
+	if err := o.w.usable(); err != nil {
+		return nil, err
+	}
+	if cluster < o.next {
+		return nil, o.errTwice(cluster)
+	}
+	o.busy = true
+	o.mu.Unlock()
+	runs, err := do()
+	o.mu.Lock()
+	if err != nil {
+		return nil, err // busy stays set: nothing is placed any more
+	}
+	o.busy = false
+	o.next += n
+	o.turn.Broadcast()
+	return runs, nil
+}
+
+// placeData gives the clusters of r places, in a row as far as the L2 table
+// goes.
+func (o *orderedWriter) placeData(runs []hostRun, r blockdev.Range) ([]hostRun, error) {
+	g := &o.w.geo
+	for at, end := r.Off, r.Off+r.Len; at < end; {
+		cluster := at >> g.clusterBits
+		next := min(end, (cluster|(1<<g.l2Bits-1)+1)<<g.clusterBits)
+		if err := o.beginL2(cluster); err != nil {
+			return nil, err
+		}
+		n := g.clusters(next - at)
+		first := o.alloc.clusters(n)
+		for i := range n {
+			o.setL2(cluster+i, uint64(first+i)<<g.clusterBits|oflagCopied, subclusterAllocMask)
+		}
+		if err := o.placeBlocks(); err != nil {
+			return nil, err
+		}
+		if err := o.reserve(o.alloc.next); err != nil {
+			return nil, err
+		}
+		runs = append(runs, hostRun{first << g.clusterBits, at, next - at})
+		at = next
+	}
+	return runs, nil
+}
+
+// placeNothing stores that clusters are zeroes, where that has to be said.
+func (o *orderedWriter) placeNothing(kind contentKind, cluster, n int64) error {
+	if n == 0 || kind == contentSkipped || o.w.header.BackingFile == "" {
+		return nil
+	}
+	for i := range n {
+		if err := o.place(content{cluster: cluster + i, n: 1, kind: kind}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// writeNothing names a range without data.
+func (o *orderedWriter) writeNothing(kind contentKind, off, n int64) error {
+	if n == 0 {
+		return nil
+	}
+	g := &o.w.geo
+	if o.direct {
+		_, err := o.take(off>>g.clusterBits, g.clusters(n), func() ([]hostRun, error) {
+			return nil, o.placeNothing(kind, off>>g.clusterBits, g.clusters(n))
+		})
+		return err
+	}
+	for end := off + n; off < end; {
+		cluster, err := o.planned(off)
+		if err != nil {
+			return err
+		}
+		part := g.clusters(end - off)
+		if r, ok := o.w.plan.find(cluster); ok {
+			part = min(part, r.end()-cluster)
+		}
+		if err := o.submit(content{cluster: cluster, n: part, kind: kind}); err != nil {
+			return err
+		}
+		off += part << g.clusterBits
+	}
+	return nil
+}
+
+// planned returns the cluster at off, which the plan has to have if there is one.
+func (o *orderedWriter) planned(off int64) (int64, error) {
+	cluster := off >> o.w.geo.clusterBits
+	if !o.w.inOrder {
+		if _, ok := o.w.plan.find(cluster); !ok {
+			return 0, fmt.Errorf("qcow2: write at %#x: %w", off, ErrNotPlanned)
+		}
+	}
+	return cluster, nil
 }
 
 // encode makes of p, a cluster or its part before the end of the image, what
 // is stored of it.
 func (o *orderedWriter) encode(p []byte) (content, error) {
 	if isZero(p) {
-		return content{}, nil
+		return content{kind: contentZero}, nil
 	}
-	c := content{data: p}
+	c := content{kind: contentStored, data: p}
 	if short := o.w.geo.clusterSize - int64(len(p)); short > 0 {
 		c = o.copied(c)
 		*c.buf = append(*c.buf, make([]byte, short)...)
@@ -542,7 +767,7 @@ func (o *orderedWriter) encode(p []byte) (content, error) {
 		return c, err
 	}
 	o.release(c)
-	return content{data: *buf, compressed: true, buf: buf}, nil
+	return content{kind: contentCompressed, data: *buf, buf: buf}, nil
 }
 
 // copied returns c with its data in a buffer of the pool.
@@ -563,32 +788,35 @@ func (o *orderedWriter) release(c content) {
 
 // submit places c if it is its turn, and with it all that waited for it; else
 // c is parked.
-func (o *orderedWriter) submit(rank int64, c content) error {
+func (o *orderedWriter) submit(c content) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	for rank > o.next && len(o.parked) >= o.limit && o.w.usable() == nil {
+	for c.cluster > o.next && len(o.parked) >= o.limit && o.w.usable() == nil {
 		o.turn.Wait()
 	}
 	if err := o.w.usable(); err != nil {
 		return err
 	}
-	if _, ok := o.parked[rank]; ok || rank < o.next || rank == o.next && o.busy {
-		return fmt.Errorf("qcow2: cluster at %#x written twice", c.cluster<<o.w.geo.clusterBits)
+	if _, ok := o.parked[c.cluster]; ok || c.cluster < o.next || c.cluster == o.next && o.busy {
+		return o.errTwice(c.cluster)
 	}
-	if rank > o.next {
-		o.parked[rank] = o.copied(c)
+	if c.cluster > o.next {
+		o.parked[c.cluster] = o.copied(c)
 		return nil
 	}
 	for ok := true; ok; {
 		o.busy = true
 		o.mu.Unlock()
-		err := o.place(c)
+		err := o.placeRun(c)
 		o.mu.Lock()
 		if err != nil {
 			return err // busy stays set: nothing is placed any more
 		}
 		o.busy = false
-		o.next++
+		o.next += c.n
+		if !o.w.inOrder {
+			o.next = o.w.plan.from(o.next)
+		}
 		c, ok = o.parked[o.next]
 		delete(o.parked, o.next)
 		o.turn.Broadcast()
@@ -596,19 +824,32 @@ func (o *orderedWriter) submit(rank int64, c content) error {
 	return nil
 }
 
-// place stores a cluster. Clusters come here in the order of the guest.
-func (o *orderedWriter) place(c content) error {
+func (o *orderedWriter) errTwice(cluster int64) error {
+	return fmt.Errorf("qcow2: cluster at %#x written twice", cluster<<o.w.geo.clusterBits)
+}
+
+// placeRun stores what was submitted. It comes here in the order of the guest.
+func (o *orderedWriter) placeRun(c content) error {
 	defer o.release(c)
+	if c.data == nil {
+		return o.placeNothing(c.kind, c.cluster, c.n)
+	}
+	return o.place(c)
+}
+
+// place stores a cluster.
+func (o *orderedWriter) place(c content) error {
 	g := &o.w.geo
+	if err := o.beginL2(c.cluster); err != nil {
+		return err
+	}
 	var entry, bitmap uint64
 	switch {
-	case c.data == nil && o.w.header.BackingFile == "":
-		return nil
-	case c.data == nil && g.extended:
+	case c.kind == contentZero && g.extended:
 		bitmap = zeroSubclusters
-	case c.data == nil && o.w.header.Version >= 3:
+	case c.kind == contentZero && o.w.header.Version >= 3:
 		entry = oflagZero
-	case c.compressed:
+	case c.kind == contentCompressed:
 		n := int64(len(c.data))
 		off := o.alloc.bytes(n)
 		sectors := (off+n-1)/compressedSectorSize - off/compressedSectorSize
@@ -636,26 +877,28 @@ func (o *orderedWriter) place(c content) error {
 			return err
 		}
 	}
-	if err := o.setL2(c.cluster, entry, bitmap); err != nil {
-		return err
-	}
+	o.setL2(c.cluster, entry, bitmap)
 	return o.placeBlocks()
 }
 
-func (o *orderedWriter) setL2(cluster int64, entry, bitmap uint64) error {
-	g := &o.w.geo
-	if t := cluster >> g.l2Bits; t != o.l2Index {
-		if err := o.placeL2(); err != nil {
-			return err
-		}
-		o.l2Index = t
+// beginL2 stores the L2 table that was filled if a cluster lies in another.
+func (o *orderedWriter) beginL2(cluster int64) error {
+	t := cluster >> o.w.geo.l2Bits
+	if t == o.l2Index {
+		return nil
 	}
+	err := o.placeL2()
+	o.l2Index = t
+	return err
+}
+
+func (o *orderedWriter) setL2(cluster int64, entry, bitmap uint64) {
+	g := &o.w.geo
 	at := o.l2[cluster&(1<<g.l2Bits-1)*g.l2EntrySize:]
 	binary.BigEndian.PutUint64(at, entry)
 	if g.extended {
 		binary.BigEndian.PutUint64(at[8:], bitmap)
 	}
-	return nil
 }
 
 // placeL2 stores the L2 table that was filled.
@@ -687,6 +930,13 @@ func (o *orderedWriter) placeBlocks() error {
 
 // put writes p, at most a cluster, at off. Bytes that nobody puts are zero.
 func (o *orderedWriter) put(off int64, p []byte) error {
+	if o.direct {
+		if err := o.reserve(o.w.geo.clusters(off + int64(len(p)))); err != nil {
+			return err
+		}
+		_, err := o.w.dst.WriteAt(p, off)
+		return err
+	}
 	end := off + int64(len(p)) - o.outStart
 	switch {
 	case off < o.outStart: // a cluster left with room is gone on with
@@ -710,25 +960,39 @@ func (o *orderedWriter) flush() error {
 	if len(o.out) == 0 {
 		return nil
 	}
-	need := o.w.geo.clusters(o.outStart + int64(len(o.out)))
-	if need > o.size {
-		if o.w.growable {
-			need += growStep >> o.w.geo.clusterBits
-		}
-		if err := o.w.grow(need); err != nil {
-			return err
-		}
-		o.size = need
+	if err := o.reserve(o.w.geo.clusters(o.outStart + int64(len(o.out)))); err != nil {
+		return err
 	}
 	_, err := o.w.dst.WriteAt(o.out, o.outStart)
 	o.out = o.out[:0]
 	return err
 }
 
+// reserve makes the device hold so many clusters.
+func (o *orderedWriter) reserve(clusters int64) error {
+	if clusters <= o.size {
+		return nil
+	}
+	if o.w.growable {
+		clusters += growStep >> o.w.geo.clusterBits
+	}
+	if err := o.w.grow(clusters); err != nil {
+		return err
+	}
+	o.size = clusters
+	return nil
+}
+
 // finish stores what is parked and the tables.
 func (o *orderedWriter) finish() error {
-	for _, rank := range slices.Sorted(maps.Keys(o.parked)) {
-		if err := o.place(o.parked[rank]); err != nil {
+	if o.w.inOrder && o.next < o.w.geo.clusters(o.w.Size()) {
+		return fmt.Errorf("qcow2: nothing was written from %#x on: %w", o.next<<o.w.geo.clusterBits, ErrNotPlanned)
+	}
+	for _, cluster := range slices.Sorted(maps.Keys(o.parked)) {
+		if cluster < o.next {
+			return o.errTwice(cluster)
+		}
+		if err := o.placeRun(o.parked[cluster]); err != nil {
 			return err
 		}
 	}

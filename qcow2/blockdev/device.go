@@ -77,6 +77,18 @@ type RangeCopier interface {
 	CopyRange(off int64, src *os.File, srcOff, n int64) (int64, error)
 }
 
+// Range is a part of a device, in bytes.
+type Range struct{ Off, Len int64 }
+
+// SparseWriter is a device that is written in large pieces of which parts are
+// zeroes.
+type SparseWriter interface {
+	// WriteSparse writes p at off. data are the parts of the device that are
+	// to be written, ascending, inside of the piece, and not touching; the rest
+	// of p is zeroes.
+	WriteSparse(p []byte, off int64, data []Range) error
+}
+
 // ExtentReader is a device that knows which of its ranges hold data.
 type ExtentReader interface {
 	// NextExtent describes a run of one kind that starts at off; it may end

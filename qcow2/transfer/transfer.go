@@ -1,0 +1,458 @@
+// Package transfer is the one engine that moves bytes between any two disks.
+//
+// Copy reads one disk by its extents, looks for zeroes in its data, and writes
+// another, with several workers; Stream writes a disk to a pipe; Compare tells
+// where two disks differ. What a disk is made of it learns from blockdev: this
+// package knows no format.
+package transfer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"runtime"
+	"sync"
+	"time"
+
+	"qimg/qcow2/blockdev"
+)
+
+// Target is what Copy writes: a blockdev.Device, or something that is made in
+// one pass, as qcow2.Writer is. It is written from several goroutines. The
+// optional interfaces blockdev.ZeroWriter, RangeCopier and SparseWriter are used
+// where it has them.
+type Target interface {
+	io.WriterAt
+	Size() int64
+}
+
+// Skipper is a target that has to be told of everything, in order: each worker
+// takes the lowest part that no other has taken. Skip names a range that is left
+// as it is. A target with a Granularity gets whole units of that many bytes,
+// except at its end.
+type Skipper interface {
+	Skip(off, n int64) error
+	Granularity() int64
+}
+
+const (
+	// DefaultSparse is the shortest run of zeroes that is looked for in data,
+	// that of qemu-img.
+	DefaultSparse = 4096
+	// MaxWorkers bounds the workers, and so the memory: each has a buffer of
+	// BufferSize.
+	MaxWorkers = 16
+	// BufferSize is how many bytes are read and written at once at most. No
+	// piece crosses a multiple of it.
+	BufferSize = 1 << 20
+)
+
+// Options says how Copy copies. The zero value, and nil, mean: everything, by one
+// worker for each processor.
+type Options struct {
+	// Workers is how many pieces are on their way at the same time; 0 means
+	// one for each processor, at most MaxWorkers.
+	Workers int
+	// Sparse is the shortest run of zeroes in data, in bytes, that is not written
+	// as data: a multiple of 512. 0 means DefaultSparse. A negative number
+	// writes everything, also what reads as zeroes by the extents.
+	Sparse int64
+	// TargetIsZero says that the target reads as zeroes, so that those are not
+	// written.
+	TargetIsZero bool
+	// KernelCopy lets a target take data from the file of the source by itself
+	// (blockdev.RangeCopier), with the zeroes in it.
+	KernelCopy bool
+	// Keep, if set, tells of the extents of the source that the target has
+	// already: they are left as they are.
+	Keep func(e blockdev.Extent) bool
+	// Salvage goes on where the source cannot be read: Salvage is told of each
+	// such range, one at a time, and zeroes are written there. Nil: the first
+	// such error ends the copy.
+	Salvage func(off, n int64, err error)
+	// Rate bounds what is written, in bytes a second; 0 means no bound.
+	Rate int64
+	// Progress is told how many of the bytes of the source have been dealt
+	// with, one call at a time. Nil: nobody is told.
+	Progress func(done, total int64)
+}
+
+// ReadError is an error of reading the source.
+type ReadError struct {
+	Off int64 // in the source, in bytes
+	Err error
+}
+
+func (e *ReadError) Error() string {
+	return fmt.Sprintf("error while reading at byte %d: %v", e.Off, e.Err)
+}
+func (e *ReadError) Unwrap() error { return e.Err }
+
+// WriteError is an error of writing the target.
+type WriteError struct {
+	Off int64 // in the target, in bytes
+	Err error
+}
+
+func (e *WriteError) Error() string {
+	return fmt.Sprintf("error while writing at byte %d: %v", e.Off, e.Err)
+}
+func (e *WriteError) Unwrap() error { return e.Err }
+
+// Copy writes the content of src to dst, which has to be as long at least. What
+// dst has behind the end of src is left alone. Copy does not sync.
+//
+// An error is a *ReadError, a *WriteError or that of ctx; dst has some of the
+// data then. Memory is that of the buffers: Workers x BufferSize.
+func Copy(ctx context.Context, dst Target, src blockdev.Reader, opts *Options) error {
+	c, err := newCopier(dst, src, opts)
+	if err != nil {
+		return err
+	}
+	return c.run(ctx)
+}
+
+// copier is a Copy that goes on.
+type copier struct {
+	opts    Options
+	dst     Target
+	src     blockdev.Reader
+	size    int64
+	sparse  blockdev.SparseWriter // nil: dst is none
+	skipper Skipper
+	copies  blockdev.RangeCopier // nil: no kernel copies
+	grain   int64                // units of the target; 1: any
+	buffer  int64                // bytes of a worker's buffer, whole units
+	start   time.Time
+
+	mu      sync.Mutex
+	next    int64           // the source is taken up to here
+	extent  blockdev.Extent // the last that was asked for
+	err     error
+	done    int64
+	written int64
+	salvage sync.Mutex
+}
+
+func newCopier(dst Target, src blockdev.Reader, opts *Options) (*copier, error) {
+	c := &copier{dst: dst, src: src, size: src.Size(), grain: 1, start: time.Now()}
+	if opts != nil {
+		c.opts = *opts
+	}
+	if c.opts.Workers <= 0 {
+		c.opts.Workers = runtime.GOMAXPROCS(0)
+	}
+	c.opts.Workers = min(c.opts.Workers, MaxWorkers)
+	if c.opts.Sparse == 0 {
+		c.opts.Sparse = DefaultSparse
+	}
+	if dst.Size() < c.size {
+		return nil, fmt.Errorf("the target has %d bytes, the source %d", dst.Size(), c.size)
+	}
+	c.sparse, _ = dst.(blockdev.SparseWriter)
+	c.skipper, _ = dst.(Skipper)
+	if c.skipper != nil {
+		c.grain = max(c.grain, c.skipper.Granularity())
+	}
+	if c.grain > BufferSize*2 || c.grain&(c.grain-1) != 0 {
+		return nil, fmt.Errorf("the target is written in units of %d bytes, at most %d are expected", c.grain, 2*BufferSize)
+	}
+	c.buffer = max(BufferSize, c.grain)
+	if c.opts.KernelCopy {
+		c.copies, _ = dst.(blockdev.RangeCopier)
+	}
+	return c, nil
+}
+
+// piece is a run of the source.
+type piece struct {
+	off, n int64
+	kind   pieceKind
+	extent blockdev.Extent // of pieceData, where it is one
+}
+
+type pieceKind uint8
+
+const (
+	pieceData pieceKind = iota
+	pieceZero           // reads as zeroes
+	pieceKeep           // the target has it
+)
+
+func (c *copier) run(ctx context.Context) error {
+	var wg sync.WaitGroup
+	for range c.opts.Workers {
+		wg.Go(func() {
+			w := &worker{copier: c}
+			for {
+				p, ok := c.take(ctx)
+				if !ok {
+					return
+				}
+				if err := w.copy(p); err != nil {
+					c.fail(err)
+					return
+				}
+				if err := c.finished(ctx, p); err != nil {
+					c.fail(err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	return c.err
+}
+
+// aborter is a target whose writers wait for each other.
+type aborter interface{ Abort() }
+
+// fail keeps the first error, and wakes workers that wait for their turn.
+func (c *copier) fail(err error) {
+	c.mu.Lock()
+	first := c.err == nil
+	if first {
+		c.err = err
+	}
+	c.mu.Unlock()
+	if a, ok := c.dst.(aborter); ok && first {
+		a.Abort()
+	}
+}
+
+// take returns the next piece; ok is false if there is none, or after an error.
+func (c *copier) take(ctx context.Context) (p piece, ok bool) {
+	c.mu.Lock()
+	p, err := c.nextPiece(ctx)
+	ok = c.err == nil && err == nil && p.n > 0
+	c.mu.Unlock()
+	if err != nil {
+		c.fail(err)
+	}
+	return p, ok
+}
+
+// nextPiece finds the next piece: whole units of the target, of one kind, or
+// data. Data ends at the next multiple of the buffer size.
+func (c *copier) nextPiece(ctx context.Context) (piece, error) {
+	p := piece{off: c.next}
+	limit := p.off&^(c.buffer-1) + c.buffer
+	end := p.off
+	for end < c.size && (p.kind != pieceData || end < limit) {
+		if err := ctx.Err(); err != nil {
+			return p, err
+		}
+		e, kind, err := c.look(end)
+		if err != nil {
+			return p, err
+		}
+		if end == p.off {
+			p.kind, p.extent = kind, e
+		} else if kind != p.kind {
+			break
+		}
+		end += e.Len
+	}
+	switch whole := end &^ (c.grain - 1); {
+	case p.kind == pieceData:
+		end = min((end+c.grain-1)&^(c.grain-1), limit, c.size)
+	case end == c.size:
+	case whole > p.off:
+		end = whole
+	default: // a unit of several kinds
+		p.kind = pieceData
+		end = min(p.off+c.grain, c.size)
+	}
+	if end > p.extent.Off+p.extent.Len {
+		p.extent.Host = nil // of a part only
+	}
+	p.n = end - p.off
+	c.next = end
+	return p, nil
+}
+
+// look returns the extent at off from there on, and what is to be done with it.
+func (c *copier) look(off int64) (blockdev.Extent, pieceKind, error) {
+	e := &c.extent
+	if off < e.Off || off >= e.Off+e.Len {
+		var err error
+		if *e, err = blockdev.NextExtent(c.src, off); err != nil {
+			if c.opts.Salvage == nil {
+				return *e, 0, &ReadError{off, err}
+			}
+			// What it is made of cannot be told: it is tried in parts.
+			*e = blockdev.Extent{Off: off, Len: min(512, c.size-off), Kind: blockdev.Data}
+		}
+	}
+	rest := *e
+	rest.Off, rest.Len = off, e.Off+e.Len-off
+	rest.HostOff += off - e.Off
+	switch {
+	case c.opts.Keep != nil && c.opts.Keep(rest):
+		return rest, pieceKeep, nil
+	case rest.Kind.ReadsZero() && c.opts.Sparse > 0:
+		return rest, pieceZero, nil
+	}
+	return rest, pieceData, nil
+}
+
+// finished is told of each piece that was dealt with.
+func (c *copier) finished(ctx context.Context, p piece) error {
+	c.mu.Lock()
+	c.done += p.n
+	if p.kind == pieceData {
+		c.written += p.n
+	}
+	if c.opts.Progress != nil {
+		c.opts.Progress(c.done, c.size)
+	}
+	written := c.written
+	c.mu.Unlock()
+	if c.opts.Rate <= 0 {
+		return nil
+	}
+	due := time.Duration(float64(written) / float64(c.opts.Rate) * float64(time.Second))
+	timer := time.NewTimer(time.Until(c.start.Add(due)))
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timer.C:
+		return nil
+	}
+}
+
+// worker copies pieces.
+type worker struct {
+	*copier
+	buf  []byte
+	data []blockdev.Range
+}
+
+func (w *worker) copy(p piece) error {
+	switch p.kind {
+	case pieceKeep:
+		if w.skipper == nil {
+			return nil
+		}
+		return w.wrote(p.off, w.skipper.Skip(p.off, p.n))
+	case pieceZero:
+		return w.wrote(p.off, w.zero(p.off, p.n))
+	}
+	if w.copies != nil && p.extent.Kind == blockdev.Data {
+		n, err := w.kernelCopy(p)
+		if err != nil || n == p.n {
+			return w.wrote(p.off+n, err)
+		}
+		p.off, p.n = p.off+n, p.n-n
+	}
+	if w.buf == nil {
+		w.buf = make([]byte, w.buffer)
+	}
+	b := w.buf[:p.n]
+	if err := w.read(b, p.off); err != nil {
+		return err
+	}
+	if w.opts.Sparse < 0 {
+		w.data = append(w.data[:0], blockdev.Range{Off: p.off, Len: p.n})
+	} else {
+		w.data = dataRanges(w.data[:0], b, p.off, max(min(w.opts.Sparse, DefaultSparse), w.grain), w.opts.Sparse)
+	}
+	return w.wrote(p.off, w.write(b, p.off))
+}
+
+// write writes what w.data says of b.
+func (w *worker) write(b []byte, off int64) error {
+	if w.sparse != nil {
+		return w.sparse.WriteSparse(b, off, w.data)
+	}
+	at, end := off, off+int64(len(b))
+	for _, r := range w.data {
+		if err := w.zero(at, r.Off-at); err != nil {
+			return err
+		}
+		if _, err := w.dst.WriteAt(b[r.Off-off:][:r.Len], r.Off); err != nil {
+			return err
+		}
+		at = r.Off + r.Len
+	}
+	return w.zero(at, end-at)
+}
+
+// zero makes a range of the target read as zeroes.
+func (w *worker) zero(off, n int64) error {
+	if n == 0 || w.opts.TargetIsZero && w.skipper == nil {
+		return nil
+	}
+	if z, ok := w.dst.(blockdev.ZeroWriter); ok {
+		return z.WriteZeroes(off, n)
+	}
+	if d, ok := w.dst.(blockdev.Device); ok {
+		return blockdev.WriteZeroes(d, off, n)
+	}
+	zeroes := make([]byte, min(n, 64<<10))
+	for ; n > 0; n -= int64(len(zeroes)) {
+		zeroes = zeroes[:min(n, int64(len(zeroes)))]
+		if _, err := w.dst.WriteAt(zeroes, off); err != nil {
+			return err
+		}
+		off += int64(len(zeroes))
+	}
+	return nil
+}
+
+func (w *worker) wrote(off int64, err error) error {
+	if err != nil {
+		return &WriteError{off, err}
+	}
+	return nil
+}
+
+// kernelCopy has the target take the piece from the file that it lies in, and
+// returns how much of it was taken.
+func (w *worker) kernelCopy(p piece) (int64, error) {
+	f, ok := p.extent.Host.(*blockdev.File)
+	if !ok {
+		return 0, nil
+	}
+	n, err := w.copies.CopyRange(p.off, f.OS(), p.extent.HostOff, p.n)
+	if errors.Is(err, errors.ErrUnsupported) {
+		err = nil
+	}
+	return n, err
+}
+
+// read fills b with the source at off.
+func (w *worker) read(b []byte, off int64) error {
+	err := readFull(w.src, b, off)
+	if err == nil {
+		return nil
+	}
+	if w.opts.Salvage == nil {
+		return &ReadError{off, err}
+	}
+	const sector = 512
+	for at := 0; at < len(b); at += sector {
+		part := b[at:min(at+sector, len(b))]
+		if err := readFull(w.src, part, off+int64(at)); err != nil {
+			clear(part)
+			w.salvage.Lock()
+			w.opts.Salvage(off+int64(at), int64(len(part)), err)
+			w.salvage.Unlock()
+		}
+	}
+	return nil
+}
+
+// readFull reads all of p, which lies inside the device.
+func readFull(r io.ReaderAt, p []byte, off int64) error {
+	n, err := r.ReadAt(p, off)
+	if n == len(p) {
+		return nil
+	}
+	if err == nil || err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	return err
+}
