@@ -25,6 +25,9 @@ type WriterOptions struct {
 	// Compress stores clusters compressed. It decides how the Writer works:
 	// see Writer.
 	Compress bool
+	// CompressionLevel is 1 for the fastest to MaxCompressionLevel for the
+	// smallest clusters; 0 is the default, fast for what it saves.
+	CompressionLevel int
 	// Extents are the guest ranges that will be written, as offset and length
 	// in bytes: ascending, not overlapping, inside the image. They are rounded
 	// out to clusters. What lies outside stays unallocated and reads as zeroes
@@ -528,7 +531,7 @@ type orderedWriter struct {
 }
 
 func newOrderedWriter(w *Writer, opts *WriterOptions) (*orderedWriter, error) {
-	c, err := newCompressor(w.header.CompressionType, w.geo.clusterSize)
+	c, err := newCompressor(w.header.CompressionType, opts.CompressionLevel, w.geo.clusterSize)
 	if err != nil {
 		return nil, err
 	}

@@ -185,7 +185,12 @@ func TestWriter(t *testing.T) {
 				format, opts := format, qcow2.WriterOptions{}
 				opts.FormatOptions = format
 				opts.ClusterSize = clusterSize
-				opts.Compress = mode != "plain"
+				if opts.Compress = mode != "plain"; opts.Compress {
+					opts.CompressionLevel = format.RefcountBits % 10 // 0 to 6
+					if format.Version == 2 {
+						opts.CompressionLevel = 9
+					}
+				}
 				if mode == "zstd" {
 					opts.Compression = qcow2.CompressionZstd
 				}
