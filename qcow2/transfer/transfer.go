@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/bits"
 	"runtime"
 	"sync"
 	"time"
@@ -80,11 +81,15 @@ type Options struct {
 
 // ReadError is an error of reading the source.
 type ReadError struct {
-	Off int64 // in the source, in bytes
-	Err error
+	Off     int64 // in the source, in bytes
+	Extents bool  // what was read is what the source is made of, not its data
+	Err     error
 }
 
 func (e *ReadError) Error() string {
+	if e.Extents {
+		return fmt.Sprintf("error while reading block status at offset %d: %v", e.Off, e.Err)
+	}
 	return fmt.Sprintf("error while reading at byte %d: %v", e.Off, e.Err)
 }
 func (e *ReadError) Unwrap() error { return e.Err }
@@ -279,7 +284,7 @@ func (c *copier) look(off int64) (blockdev.Extent, pieceKind, error) {
 		var err error
 		if *e, err = blockdev.NextExtent(c.src, off); err != nil {
 			if c.opts.Salvage == nil {
-				return *e, 0, &ReadError{off, err}
+				return *e, 0, &ReadError{Off: off, Extents: true, Err: err}
 			}
 			// What it is made of cannot be told: it is tried in parts.
 			*e = blockdev.Extent{Off: off, Len: min(512, c.size-off), Kind: blockdev.Data}
@@ -357,7 +362,9 @@ func (w *worker) copy(p piece) error {
 	if w.opts.Sparse < 0 {
 		w.data = append(w.data[:0], blockdev.Range{Off: p.off, Len: p.n})
 	} else {
-		w.data = dataRanges(w.data[:0], b, p.off, max(min(w.opts.Sparse, DefaultSparse), w.grain), w.opts.Sparse)
+		// As in qemu-img, the run is also the unit in which data is written.
+		unit := int64(1) << (bits.Len64(uint64(w.opts.Sparse)) - 1)
+		w.data = dataRanges(w.data[:0], b, p.off, min(max(unit, w.grain), w.buffer), w.opts.Sparse)
 	}
 	return w.wrote(p.off, w.write(b, p.off))
 }
@@ -430,7 +437,7 @@ func (w *worker) read(b []byte, off int64) error {
 		return nil
 	}
 	if w.opts.Salvage == nil {
-		return &ReadError{off, err}
+		return &ReadError{Off: off, Err: err}
 	}
 	const sector = 512
 	for at := 0; at < len(b); at += sector {
