@@ -98,6 +98,9 @@ func fuzzFields(b []byte) (fields []int64, tables []int64) {
 	if h.NbSnapshots > 0 {
 		table(int64(h.SnapshotsOffset), im.snapEnd-int64(h.SnapshotsOffset))
 		for _, s := range im.snapshots {
+			if int64(s.L1Size)*l1EntrySize > maxL1Size {
+				continue // which is no table
+			}
 			table(int64(s.L1TableOffset), int64(s.L1Size)*l1EntrySize)
 		}
 	}
