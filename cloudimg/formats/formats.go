@@ -1,0 +1,146 @@
+// Package formats opens disk images by the name of their format or by their magic
+// number: raw, qcow2 and, for reading only, the formats that other machines use.
+//
+//	format  read                                    refused
+//	vmdk    monolithicSparse, streamOptimized       descriptors of other files, parents, COWD
+//	vdi     dynamic, static                         differencing images, blocks other than 1 MiB
+//	vpc     VHD, dynamic and fixed                  differencing images
+//	vhdx    dynamic, fixed                          differencing images, a log that is not empty
+//
+// What QEMU 7.2 reads of these is read to the same bytes. An image never leads to
+// another file: one that needs a parent, or names the files that its data lies in,
+// is refused. Of qcow2 images the backing file and the data file are refused, too;
+// package qcow2 opens those.
+//
+// Each image is a blockdev.Reader whose extents tell holes from data, and where in
+// the file the data lies. Tables are read through caches of bounded size, so that
+// opening an image takes the same time and memory whatever its size.
+package formats
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"qimg/qcow2"
+	"qimg/qcow2/blockdev"
+)
+
+// Names of formats, in QEMU's words where it has some.
+const (
+	Raw   = "raw"
+	QCOW2 = "qcow2"
+	VMDK  = "vmdk"
+	VDI   = "vdi"
+	VPC   = "vpc" // VHD of Virtual PC
+	VHDX  = "vhdx"
+)
+
+// Detect names the format of an image by its magic number: one of the names of
+// this package, another word of QEMU for a format that this package does not
+// read, or Raw where there is no magic number that is known. A fixed VPC image
+// has none at its beginning and is Raw, as for QEMU.
+//
+// A guest can write what it likes at the beginning of a raw disk: what Detect
+// says of one is what the guest wants it to say.
+func Detect(r io.ReaderAt) (string, error) { return qcow2.Probe(r) }
+
+// Foreign lists the formats that this package reads by itself, for which an Image
+// is the only way to them.
+func Foreign() []string { return []string{VMDK, VDI, VPC, VHDX} }
+
+// Options says how an image is opened.
+type Options struct {
+	// Format is the name of the format; "" means that of Detect. Where an image
+	// comes from somebody else who cannot choose the format, name it.
+	Format string
+}
+
+// Image is an image that is open for reading. ReadAt and NextExtent are safe for
+// concurrent use. NextExtent of raw images is that of their file.
+type Image struct {
+	disk      blockdev.Reader
+	format    string
+	blockSize int64
+	vmdk      *VMDKInfo
+	closers   []io.Closer
+}
+
+// New opens the image in file. Close leaves file open. Memory is that of the
+// caches, a few MiB at most, whatever the image says.
+//
+// Of the errors see the variables of this package; an image that needs other
+// files is refused with one that matches ErrReference.
+func New(ctx context.Context, file blockdev.Reader, opts *Options) (*Image, error) {
+	format := ""
+	if opts != nil {
+		format = opts.Format
+	}
+	if format == "" {
+		var err error
+		if format, err = Detect(file); err != nil {
+			return nil, err
+		}
+	}
+	switch format {
+	case Raw:
+		return &Image{disk: file, format: Raw}, nil
+	case QCOW2:
+		im, err := qcow2.New(file, nil)
+		if err != nil {
+			return nil, err
+		}
+		h := im.Header()
+		return &Image{disk: im, format: QCOW2, blockSize: h.ClusterSize(), closers: []io.Closer{im}}, nil
+	case VDI:
+		return openVDI(file)
+	}
+	return nil, fmt.Errorf("image format %q: %w", format, ErrUnsupported)
+}
+
+// Open opens the image in the file at path, with the lock of a reader. Close
+// closes the file.
+func Open(ctx context.Context, path string, opts *Options) (*Image, error) {
+	f, err := blockdev.OpenFile(path, nil)
+	if err != nil {
+		return nil, err
+	}
+	im, err := New(ctx, f, opts)
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	im.closers = append(im.closers, f)
+	return im, nil
+}
+
+// Format returns the name of the format.
+func (im *Image) Format() string { return im.format }
+
+// Size returns the virtual size in bytes.
+func (im *Image) Size() int64 { return im.disk.Size() }
+
+// BlockSize returns the size of the units that the format allocates, in bytes; 0
+// if it has none.
+func (im *Image) BlockSize() int64 { return im.blockSize }
+
+// ReadAt implements io.ReaderAt.
+func (im *Image) ReadAt(p []byte, off int64) (int, error) { return im.disk.ReadAt(p, off) }
+
+// NextExtent implements blockdev.ExtentReader. Bytes that lie unchanged in the
+// file of the image have it as their Host.
+func (im *Image) NextExtent(off int64) (blockdev.Extent, error) {
+	return blockdev.NextExtent(im.disk, off)
+}
+
+// Close gives back what the image has taken. Close of an image that is closed
+// does nothing.
+func (im *Image) Close() error {
+	var errs []error
+	for _, c := range im.closers {
+		errs = append(errs, c.Close())
+	}
+	im.closers = nil
+	return errors.Join(errs...)
+}
