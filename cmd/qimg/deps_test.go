@@ -23,6 +23,7 @@ func TestDependencies(t *testing.T) {
 		"qcow2/blockdev/oracle":    {},
 		"qcow2":                    {blockdev, klauspost, xcrypto},
 		"ext4img":                  {blockdev, sys},
+		"cloudimg/formats":         {"qimg/qcow2", blockdev, klauspost},
 	}
 	forbidden := []string{"os/exec", "os/signal", "log", "flag", "reflect", "unsafe", "C"}
 	root := filepath.Join("..", "..")

@@ -21,7 +21,8 @@ type Host struct {
 	Out, Err io.Writer
 	Getenv   func(string) string
 
-	name string // of the program, for warnings
+	name string          // of the program, for warnings
+	ctx  context.Context // ends the opening of images; nil: nothing does
 }
 
 // Run runs the program and returns its exit status. args are its name, which
@@ -33,7 +34,7 @@ func Run(ctx context.Context, args []string, host Host) int {
 		args = args[1:]
 	}
 	out := &output{w: host.Out}
-	host.Out, host.name = out, name
+	host.Out, host.name, host.ctx = out, name, ctx
 	err := execute(ctx, newRoot(host), args)
 	if err == nil && out.err != nil {
 		err = fmt.Errorf("standard output: %w", out.err)

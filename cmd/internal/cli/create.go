@@ -228,7 +228,7 @@ func checkBacking(name, backing string, o *createOptions, opts *optionList) erro
 	if format == "" && opts.has("backing_fmt") {
 		return withHint(messagef("Unknown driver ''"), "Could not open backing image.\n")
 	}
-	img, err := openImage(full, &openOptions{format: format, forceShare: true, chain: true, locked: true, host: o.host})
+	img, err := openImage(full, &openOptions{format: format, forceShare: true, chain: true, below: true, locked: true, host: o.host})
 	if err != nil {
 		return withHint(err, "Could not open backing image.\n")
 	}

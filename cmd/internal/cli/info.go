@@ -127,6 +127,9 @@ func queryInfo(name string, o *openOptions) (*imageInfo, error) {
 	if info.allocated, err = img.file.Allocated(); err != nil {
 		return nil, err
 	}
+	if img.foreign != nil {
+		info.clusterSize = img.foreign.BlockSize()
+	}
 	if img.qcow2 == nil {
 		return info, nil
 	}

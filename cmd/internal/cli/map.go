@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"qimg/cloudimg/formats"
 	"qimg/qcow2"
 	"qimg/qcow2/blockdev"
 )
@@ -234,6 +235,9 @@ func (m *mapper) status(off, limit int64) (mapEntry, error) {
 		return e, nil
 	}
 	e.hasOffset, e.offset, e.file = true, x.HostOff, fileName(x.Host)
+	if _, foreign := m.dev.(*formats.Image); foreign {
+		e.data = true // a hole of the file is data of the image
+	}
 	if x.Kind != blockdev.Data {
 		return e, nil
 	}

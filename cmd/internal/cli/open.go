@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 
+	"qimg/cloudimg/formats"
 	"qimg/qcow2"
 	"qimg/qcow2/blockdev"
 )
@@ -36,6 +37,9 @@ type openOptions struct {
 	// layer, if set, is told each backing file, and tells whether it is opened
 	// for writing too.
 	layer func(qcow2.BackingFile) bool
+	// below opens an image that is, or is to become, a backing file: one of qcow2
+	// or raw alone.
+	below bool
 	// snapshot, if set, is read in place of the active content.
 	snapshot string
 	// cacheSize bounds the tables in memory, in bytes; 0: what the library has.
@@ -48,7 +52,7 @@ type openOptions struct {
 type image struct {
 	arg    string // as it was given
 	name   string // its path, or json: with what the path does not say
-	format string // qcow2, raw, or file for a file that is taken as it is
+	format string // qcow2, raw, one of package formats, or file for a file that is taken as it is
 	// probed: the format was found by the first bytes, which a guest can write.
 	probed bool
 	file   *blockdev.File
@@ -58,13 +62,21 @@ type image struct {
 	// dev is what the format lies in, or the disk itself if it is raw. It is a
 	// blockdev.Device if the image was opened for writing.
 	dev     blockdev.Reader
-	qcow2   *qcow2.Image // nil: raw
-	options object       // in which it differs from others of its name and format
+	qcow2   *qcow2.Image   // nil: another format
+	foreign *formats.Image // nil: raw or qcow2
+	options object         // in which it differs from others of its name and format
 	closers []io.Closer
 }
 
 // openImage opens an image. Errors are in qemu-img's words where it has some;
 // the caller puts couldNotOpen around them.
+//
+// For reading it opens all formats of package formats, by name or by their first
+// bytes, also as openOptions.chain and format say of qcow2 and raw: a command has
+// nothing to do for them, if it reads the disk by img.reader() and img.size() (not
+// img.dev, which is the file that the image lies in) and takes img.qcow2 == nil
+// for "not qcow2", img.format == "raw" for raw. With openOptions.write they are
+// refused, and so they are below another image.
 func openImage(arg string, o *openOptions) (*image, error) {
 	opts := blockOptions{}
 	name := &arg
@@ -123,8 +135,11 @@ func (img *image) closeTo(err *error) {
 
 // reader returns the disk.
 func (img *image) reader() blockdev.Reader {
-	if img.qcow2 != nil {
+	switch {
+	case img.qcow2 != nil:
 		return img.qcow2
+	case img.foreign != nil:
+		return img.foreign
 	}
 	return img.dev
 }
@@ -135,9 +150,9 @@ func (img *image) size() int64 { return (img.reader().Size() + 511) &^ 511 }
 // probe tells the format of a file by its first bytes. A format that qimg does
 // not read is no raw disk either: its size would be taken for the disk's.
 func probe(f io.ReaderAt) (string, error) {
-	format, err := qcow2.Probe(f)
-	if err == nil && format != "raw" && format != "qcow2" {
-		err = fmt.Errorf("it is in format %s; qimg reads qcow2 and raw (with -f raw it is taken byte by byte)", format)
+	format, err := formats.Detect(f)
+	if err == nil && format != "raw" && format != "qcow2" && !slices.Contains(formats.Foreign(), format) {
+		err = fmt.Errorf("it is in format %s, which qimg does not read (with -f raw it is taken byte by byte)", format)
 	}
 	return format, err
 }

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 
+	"qimg/cloudimg/formats"
 	"qimg/qcow2"
 	"qimg/qcow2/blockdev"
 )
@@ -123,8 +124,11 @@ func (o *opening) openFormat(format string, file *image, opts blockOptions, noBa
 	}
 	img.file, img.dev, img.inUse = file.file, file.reader(), file.inUse
 	img.closers = append(img.closers, file.closers...)
-	open := o.openQcow2
-	if img.format == "raw" {
+	open := o.openForeign
+	switch img.format {
+	case "qcow2":
+		open = o.openQcow2
+	case "raw":
 		open = o.openRaw
 	}
 	own := len(img.closers)
@@ -345,8 +349,10 @@ func (o *opening) openBacking(img *image, opts blockOptions, qo *qcow2.OpenOptio
 	if _, ok := sub["driver"]; !ok && h.BackingFormat() != "" {
 		sub["driver"] = h.BackingFormat()
 	}
+	options := *o.openOptions
+	options.below = true
 	below := *o
-	below.write = false
+	below.openOptions, below.write = &options, false
 	backing, err := below.open(name, sub, false)
 	if err != nil {
 		return prefixError("Could not open backing file", err)
@@ -490,7 +496,7 @@ func openError(name string, err error) error {
 // checkDriver refuses a driver that qimg does not have.
 func checkDriver(name string) error {
 	switch {
-	case slices.Contains([]string{"qcow2", "raw", "file"}, name):
+	case slices.Contains([]string{"qcow2", "raw", "file"}, name), slices.Contains(formats.Foreign(), name):
 		return nil
 	case slices.Contains(qemuDrivers(), name):
 		return unsupportedDriver("driver", name)
@@ -510,10 +516,10 @@ func checkProtocol(name string) error {
 }
 
 func unsupportedDriver(what, name string) error {
-	return fmt.Errorf("%s '%s' is not supported: qimg opens images of the formats qcow2 and raw in local files", what, name)
+	return fmt.Errorf("%s '%s' is not supported: qimg opens images of the formats %s in local files", what, name, strings.Join(append([]string{"qcow2", "raw"}, formats.Foreign()...), ", "))
 }
 
-// qemuDrivers are drivers that QEMU has and qimg does not.
+// qemuDrivers are drivers that QEMU has, without those of checkDriver.
 func qemuDrivers() []string {
 	return []string{"blkdebug", "blklogwrites", "blkverify", "bochs", "cloop", "compress", "copy-before-write", "copy-on-read", "dmg",
 		"ftp", "ftps", "gluster", "host_cdrom", "host_device", "http", "https", "io_uring", "iscsi", "iser", "luks", "nbd", "nfs",
