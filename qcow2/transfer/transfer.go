@@ -68,6 +68,13 @@ type Options struct {
 	// Keep, if set, tells of the extents of the source that the target has
 	// already: they are left as they are.
 	Keep func(e blockdev.Extent) bool
+	// Base, if set, is what the target reads as already: of data only those
+	// blocks are written, whole and with their zeroes, that are not the same
+	// there. A block is a unit of a Skipper, else 4 KiB.
+	Base io.ReaderAt
+	// InOrder writes one piece after the other, from the beginning of the disk
+	// to its end, while others are read.
+	InOrder bool
 	// Salvage goes on where the source cannot be read: Salvage is told of each
 	// such range, one at a time, and zeroes are written there. Nil: the first
 	// such error ends the copy.
@@ -79,9 +86,9 @@ type Options struct {
 	Progress func(done, total int64)
 }
 
-// ReadError is an error of reading the source.
+// ReadError is an error of reading the source, or Options.Base.
 type ReadError struct {
-	Off     int64 // in the source, in bytes
+	Off     int64 // in bytes
 	Extents bool  // what was read is what the source is made of, not its data
 	Err     error
 }
@@ -109,7 +116,8 @@ func (e *WriteError) Unwrap() error { return e.Err }
 // dst has behind the end of src is left alone. Copy does not sync.
 //
 // An error is a *ReadError, a *WriteError or that of ctx; dst has some of the
-// data then. Memory is that of the buffers: Workers x BufferSize.
+// data then. Memory is that of the buffers: Workers x BufferSize, twice
+// with Options.Base.
 func Copy(ctx context.Context, dst Target, src blockdev.Reader, opts *Options) error {
 	c, err := newCopier(dst, src, opts)
 	if err != nil {
@@ -132,6 +140,7 @@ type copier struct {
 	start   time.Time
 
 	mu      sync.Mutex
+	turn    sync.Cond       // done has changed, or err, where that is waited for
 	next    int64           // the source is taken up to here
 	extent  blockdev.Extent // the last that was asked for
 	err     error
@@ -142,6 +151,7 @@ type copier struct {
 
 func newCopier(dst Target, src blockdev.Reader, opts *Options) (*copier, error) {
 	c := &copier{dst: dst, src: src, size: src.Size(), grain: 1, start: time.Now()}
+	c.turn.L = &c.mu
 	if opts != nil {
 		c.opts = *opts
 	}
@@ -220,6 +230,7 @@ func (c *copier) fail(err error) {
 	if first {
 		c.err = err
 	}
+	c.turn.Broadcast()
 	c.mu.Unlock()
 	if a, ok := c.dst.(aborter); ok && first {
 		a.Abort()
@@ -302,6 +313,19 @@ func (c *copier) look(off int64) (blockdev.Extent, pieceKind, error) {
 	return rest, pieceData, nil
 }
 
+// await waits, if pieces are written in order, until all before off have been.
+func (c *copier) await(off int64) error {
+	if !c.opts.InOrder {
+		return nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for c.done < off && c.err == nil {
+		c.turn.Wait()
+	}
+	return c.err
+}
+
 // finished is told of each piece that was dealt with.
 func (c *copier) finished(ctx context.Context, p piece) error {
 	c.mu.Lock()
@@ -309,6 +333,7 @@ func (c *copier) finished(ctx context.Context, p piece) error {
 	if p.kind == pieceData {
 		c.written += p.n
 	}
+	c.turn.Broadcast()
 	if c.opts.Progress != nil {
 		c.opts.Progress(c.done, c.size)
 	}
@@ -332,20 +357,25 @@ func (c *copier) finished(ctx context.Context, p piece) error {
 type worker struct {
 	*copier
 	buf  []byte
+	base []byte // what Options.Base has
 	data []blockdev.Range
 }
 
 func (w *worker) copy(p piece) error {
+	copies := w.copies != nil && w.opts.Base == nil && p.extent.Kind == blockdev.Data
+	if p.kind != pieceData || copies {
+		if err := w.await(p.off); err != nil {
+			return err
+		}
+	}
 	switch p.kind {
 	case pieceKeep:
-		if w.skipper == nil {
-			return nil
-		}
-		return w.wrote(p.off, w.skipper.Skip(p.off, p.n))
+		return w.wrote(p.off, w.keep(p.off, p.n))
 	case pieceZero:
 		return w.wrote(p.off, w.zero(p.off, p.n))
 	}
-	if w.copies != nil && p.extent.Kind == blockdev.Data {
+	start := p.off
+	if copies {
 		n, err := w.kernelCopy(p)
 		if err != nil || n == p.n {
 			return w.wrote(p.off+n, err)
@@ -359,24 +389,36 @@ func (w *worker) copy(p piece) error {
 	if err := w.read(b, p.off); err != nil {
 		return err
 	}
-	if w.opts.Sparse < 0 {
+	switch {
+	case w.opts.Base != nil:
+		if err := w.differing(b, p.off); err != nil {
+			return err
+		}
+	case w.opts.Sparse < 0:
 		w.data = append(w.data[:0], blockdev.Range{Off: p.off, Len: p.n})
-	} else {
+	default:
 		// As in qemu-img, the run is also the unit in which data is written.
 		unit := int64(1) << (bits.Len64(uint64(w.opts.Sparse)) - 1)
 		w.data = dataRanges(w.data[:0], b, p.off, min(max(unit, w.grain), w.buffer), w.opts.Sparse)
+	}
+	if err := w.await(start); err != nil {
+		return err
 	}
 	return w.wrote(p.off, w.write(b, p.off))
 }
 
 // write writes what w.data says of b.
 func (w *worker) write(b []byte, off int64) error {
-	if w.sparse != nil {
+	rest := w.zero
+	switch {
+	case w.opts.Base != nil:
+		rest = w.keep
+	case w.sparse != nil:
 		return w.sparse.WriteSparse(b, off, w.data)
 	}
 	at, end := off, off+int64(len(b))
 	for _, r := range w.data {
-		if err := w.zero(at, r.Off-at); err != nil {
+		if err := rest(at, r.Off-at); err != nil {
 			return err
 		}
 		if _, err := w.dst.WriteAt(b[r.Off-off:][:r.Len], r.Off); err != nil {
@@ -384,7 +426,15 @@ func (w *worker) write(b []byte, off int64) error {
 		}
 		at = r.Off + r.Len
 	}
-	return w.zero(at, end-at)
+	return rest(at, end-at)
+}
+
+// keep leaves a range of the target as it is.
+func (w *worker) keep(off, n int64) error {
+	if n == 0 || w.skipper == nil {
+		return nil
+	}
+	return w.skipper.Skip(off, n)
 }
 
 // zero makes a range of the target read as zeroes.
