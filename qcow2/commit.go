@@ -3,9 +3,9 @@ package qcow2
 import (
 	"context"
 	"fmt"
-	"time"
 
 	"qimg/qcow2/blockdev"
+	"qimg/qcow2/transfer"
 )
 
 // CommitOptions says how the content of an image goes into one below it. The
@@ -20,8 +20,8 @@ type CommitOptions struct {
 	Keep bool
 	// Rate bounds what is written, in bytes a second; 0 means no bound.
 	Rate int64
-	// Progress is told how much of the disk has been dealt with, in bytes, by
-	// the goroutine that called Commit. Nil: nobody is told.
+	// Progress is told how much of the disk has been dealt with, in bytes, one
+	// call at a time. Nil: nobody is told.
 	Progress func(done, total int64)
 }
 
@@ -61,8 +61,7 @@ func (im *Image) Commit(ctx context.Context, opts *CommitOptions) error {
 	if below, image := overlay.backing.(*Image); !ok || image && below.w == nil {
 		return fmt.Errorf("qcow2: commit: base %s: %w", overlay.backingName, blockdev.ErrReadOnly)
 	}
-	c := commit{im: im, base: base, depth: depth, opts: opts, ctx: ctx, start: time.Now()}
-	if err := c.run(overlay.backingProbed); err != nil {
+	if err := im.commitInto(ctx, base, layers{im, depth}, overlay.backingProbed, opts); err != nil {
 		return fmt.Errorf("qcow2: commit: %w", err)
 	}
 	if opts.Keep {
@@ -74,221 +73,128 @@ func (im *Image) Commit(ctx context.Context, opts *CommitOptions) error {
 	return nil
 }
 
-// commit is a Commit that goes on.
-type commit struct {
-	im      *Image
-	base    blockdev.Device
-	depth   int // of base
-	opts    *CommitOptions
-	ctx     context.Context
-	start   time.Time
-	written int64
-}
-
-// piece is a run of the disk: what a layer above the base holds (runData), where
-// one reads as zeroes (runZero), or where none has anything (runUnallocated).
-type piece struct {
-	off, n int64
-	kind   runKind
-	b      []byte // of runData, n bytes
-	err    error
-}
-
-// run writes what lies above the base into it, and syncs. What is written next
-// is read meanwhile.
-func (c *commit) run(probed bool) error {
+// commitInto writes what layers hold into the base below them, and syncs. probed
+// says that the base is raw by its first bytes.
+func (im *Image) commitInto(ctx context.Context, base blockdev.Device, l layers, probed bool, opts *CommitOptions) error {
 	if probed {
-		if err := c.checkProbe(); err != nil {
+		if err := l.checkProbe(); err != nil {
 			return err
 		}
 	}
-	if c.im.size > sectors(c.base.Size()) {
-		if err := growDisk(c.ctx, c.base, c.im.size); err != nil {
+	if im.size > sectors(base.Size()) {
+		if err := growDisk(ctx, base, im.size); err != nil {
 			return err
 		}
 	}
-	ctx, cancel := context.WithCancel(c.ctx)
-	pieces, free := make(chan piece), make(chan []byte, 2)
-	free <- make([]byte, copyBuffer)
-	free <- make([]byte, copyBuffer)
-	go c.read(ctx, pieces, free)
-	defer func() {
-		cancel()
-		for range pieces {
-		}
-	}()
-	for p := range pieces {
-		if p.err != nil {
-			return p.err
-		}
-		if err := c.put(p); err != nil {
-			return err
-		}
-		if p.b != nil {
-			free <- p.b[:cap(p.b)]
-		}
-		if c.opts.Progress != nil {
-			c.opts.Progress(p.off+p.n, c.im.size)
-		}
-	}
-	if err := c.ctx.Err(); err != nil {
+	err := transfer.Copy(ctx, commitTarget{ctx, base, im.size}, l, &transfer.Options{
+		Workers: copyWorkers, InOrder: true, Keep: unallocated, Rate: opts.Rate, Progress: opts.Progress,
+	})
+	if err != nil {
 		return err
 	}
-	return blockdev.Sync(c.base)
+	return blockdev.Sync(base)
 }
 
-// read reads what lies above the base, piece by piece, with buffers from free.
-func (c *commit) read(ctx context.Context, pieces chan<- piece, free <-chan []byte) {
-	defer close(pieces)
-	for off := int64(0); off < c.im.size; {
-		p := c.next(off)
-		if p.err == nil && p.kind == runData {
-			select {
-			case b := <-free:
-				p.b = b[:p.n]
-			case <-ctx.Done():
-				return
-			}
-			p.err = c.im.readGuest(p.b, off)
-		}
-		select {
-		case pieces <- p:
-		case <-ctx.Done():
-			return
-		}
-		if p.err != nil {
-			return
-		}
-		off += p.n
-	}
+// layers is what an image and those below it hold, down to the one before depth:
+// a disk of which the rest is unallocated. mu of the image is held.
+type layers struct {
+	im    *Image
+	depth int
 }
 
-// next returns a run from off on. One of data fits into a buffer.
-func (c *commit) next(off int64) piece {
-	p := piece{off: off}
-	for off < c.im.size && (p.kind != runData || p.n < copyBuffer) {
-		kind, n, err := c.look(off)
-		if err == nil {
-			err = c.ctx.Err()
-		}
-		if err != nil {
-			p.err = err
-			return p
-		}
-		if p.n > 0 && kind != p.kind {
-			break
-		}
-		p.kind = kind
-		p.n += n
-		off += n
+func (l layers) Size() int64 { return l.im.size }
+
+func (l layers) ReadAt(p []byte, off int64) (int, error) {
+	if err := l.im.readGuest(p, off); err != nil {
+		return 0, err
 	}
-	if p.kind == runData && p.n > copyBuffer {
-		// Up to a round offset, so that clusters of the base stay whole.
-		p.n = (p.off+copyBuffer)&^(copyBuffer-1) - p.off
-	}
-	return p
+	return len(p), nil
 }
 
-// look tells what the layers above the base have in the first n bytes from off
-// on.
-func (c *commit) look(off int64) (kind runKind, n int64, err error) {
-	im, n := c.im, c.im.size-off
+// NextExtent implements blockdev.ExtentReader. It looks at no table of the
+// image at depth.
+func (l layers) NextExtent(off int64) (blockdev.Extent, error) {
+	im, e := l.im, blockdev.Extent{Off: off, Len: l.im.size - off, Kind: blockdev.Zero}
 	for depth := 1; ; depth++ {
-		r, err := im.lookup(off, n)
+		r, err := im.lookup(off, e.Len)
 		if err != nil {
-			return 0, 0, err
+			return e, err
 		}
-		n = r.n
+		e.Len = r.n
 		switch {
 		case r.kind == runZero:
-			return runZero, n, nil
+			return e, nil
 		case r.kind != runUnallocated:
-			return runData, n, nil
-		case depth == c.depth:
-			return runUnallocated, n, nil
+			e.Kind = blockdev.Data
+			return e, nil
+		case depth == l.depth:
+			e.Kind = blockdev.Unallocated
+			return e, nil
 		}
-		below := im.backing.(*Image) // the base is further down
+		below := im.backing.(*Image) // the image at depth is further down
 		if off >= below.size {
-			return runZero, n, nil
+			return e, nil
 		}
-		im, n = below, min(n, below.size-off)
+		im, e.Len = below, min(e.Len, below.size-off)
 	}
 }
+
+// unallocated reports whether the target of a copy has an extent already.
+func unallocated(e blockdev.Extent) bool { return e.Kind == blockdev.Unallocated }
 
 // checkProbe refuses data that would make a raw base, whose format was found by
 // its first bytes, look like something else: a guest can have written it.
-func (c *commit) checkProbe() error {
-	if c.im.size == 0 {
+func (l layers) checkProbe() error {
+	if l.im.size == 0 {
 		return nil
 	}
-	kind, _, err := c.look(0)
-	if err != nil || kind == runUnallocated {
+	if e, err := l.NextExtent(0); err != nil || unallocated(e) {
 		return err
 	}
-	format, err := Probe(guestReader{c.im})
+	format, err := Probe(l)
 	if err == nil && format != "raw" {
 		err = fmt.Errorf("the raw base would look like an image in format %s, as the overlay does not name its format: %w", format, ErrBacking)
 	}
 	return err
 }
 
-// guestReader reads the guest of an image whose mu is held.
-type guestReader struct{ im *Image }
-
-func (r guestReader) ReadAt(p []byte, off int64) (int, error) {
-	clear(p)
-	n := min(int64(len(p)), r.im.size-off)
-	return len(p), r.im.readGuest(p[:n], off)
+// commitTarget is the base as a disk of the size of the image. It is written by
+// one at a time.
+type commitTarget struct {
+	ctx  context.Context
+	base blockdev.Device
+	size int64
 }
 
-// put writes a piece into the base.
-func (c *commit) put(p piece) error {
-	switch p.kind {
-	case runUnallocated:
-		return nil
-	case runZero:
-		return zeroDisk(c.base, p.off, min(p.n, c.base.Size()-p.off))
-	}
-	if end := p.off + p.n; end > c.base.Size() { // in the last sector
-		if err := growDisk(c.ctx, c.base, end); err != nil {
-			return err
+func (t commitTarget) Size() int64 { return t.size }
+
+func (t commitTarget) WriteAt(p []byte, off int64) (int, error) {
+	if end := off + int64(len(p)); end > t.base.Size() { // in the last sector
+		if err := growDisk(t.ctx, t.base, end); err != nil {
+			return 0, err
 		}
 	}
-	if _, err := c.base.WriteAt(p.b, p.off); err != nil {
-		return err
-	}
-	c.written += p.n
-	return c.throttle()
+	return t.base.WriteAt(p, off)
 }
 
-// throttle waits until as much may have been written.
-func (c *commit) throttle() error {
-	if c.opts.Rate <= 0 {
-		return nil
-	}
-	due := time.Duration(float64(c.written) / float64(c.opts.Rate) * float64(time.Second))
-	timer := time.NewTimer(time.Until(c.start.Add(due)))
-	defer timer.Stop()
-	select {
-	case <-c.ctx.Done():
-		return c.ctx.Err()
-	case <-timer.C:
-		return nil
-	}
+// WriteSparse writes zeroes in data as data.
+func (t commitTarget) WriteSparse(p []byte, off int64, _ []blockdev.Range) error {
+	_, err := t.WriteAt(p, off)
+	return err
 }
 
-// zeroDisk makes n bytes at off read as zeroes and gives back the space of
-// whole clusters.
-func zeroDisk(d blockdev.Device, off, n int64) error {
-	if n <= 0 {
+// WriteZeroes makes a range read as zeroes and gives back the space of whole
+// clusters.
+func (t commitTarget) WriteZeroes(off, n int64) error {
+	if n = min(n, t.base.Size()-off); n <= 0 {
 		return nil
 	}
-	if im, ok := d.(*Image); ok {
+	if im, ok := t.base.(*Image); ok {
 		if err := im.Discard(off, n); err != nil {
 			return err
 		}
 	}
-	return blockdev.WriteZeroes(d, off, n)
+	return blockdev.WriteZeroes(t.base, off, n)
 }
 
 // growDisk makes a disk longer, by zeroes.

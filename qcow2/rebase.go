@@ -1,12 +1,13 @@
 package qcow2
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"slices"
+	"sync"
 
 	"qimg/qcow2/blockdev"
+	"qimg/qcow2/transfer"
 )
 
 // SetBacking makes the image name another backing file, as it is to be stored,
@@ -66,8 +67,8 @@ func (h *Header) setBacking(name, format string) error {
 
 // RebaseOptions says how Rebase works. The zero value, and nil, are allowed.
 type RebaseOptions struct {
-	// Progress is told how much of the disk has been dealt with, in bytes, by
-	// the goroutine that called Rebase. Nil: nobody is told.
+	// Progress is told how much of the disk has been dealt with, in bytes, one
+	// call at a time. Nil: nobody is told.
 	Progress func(done, total int64)
 }
 
@@ -106,18 +107,15 @@ func (im *Image) Rebase(ctx context.Context, backing blockdev.Reader, name, form
 	if err := h.setBacking(name, format); err != nil {
 		return err
 	}
-	r := rebase{im: im, ctx: ctx, old: im.backing, new: backing}
+	r := &rebase{im: im, new: backing}
 	if im.backing != nil {
 		r.oldSize = sectors(im.backing.Size())
 	}
-	if _, r.common = im.overlayOf(backing); backing == nil {
-		r.common = 0
-	}
-	if opts != nil {
-		r.progress = opts.Progress
+	if backing != nil {
+		_, r.common = im.overlayOf(backing)
 	}
 	im.w.rebase = true
-	err := r.run()
+	err := r.run(ctx, opts)
 	im.w.rebase = false
 	if err != nil {
 		return fmt.Errorf("qcow2: rebase: %w", err)
@@ -125,171 +123,110 @@ func (im *Image) Rebase(ctx context.Context, backing blockdev.Reader, name, form
 	return im.setBacking(ctx, backing, name, format)
 }
 
-// rebase is a Rebase that goes on.
+// rebase is a Rebase that goes on. As a disk it is the old backing file, of which
+// is unallocated what the image need not get; and it is the image that gets the
+// rest, in whole blocks. A block is what the image allocates at once, so that
+// nothing around it has to be read again.
 type rebase struct {
-	im       *Image
-	ctx      context.Context
-	old, new blockdev.Reader // nil: none
-	oldSize  int64
+	mu      sync.Mutex // guards im, whose own is held by Rebase
+	im      *Image
+	new     blockdev.Reader // nil: none
+	oldSize int64
 	// common is the depth of new in the chain, 0 if it is not there.
-	common   int
-	progress func(done, total int64)
-
-	oldBuf, newBuf []byte
+	common int
 }
 
 // run writes into the image what the new backing file does not have.
-func (r *rebase) run() error {
+func (r *rebase) run(ctx context.Context, opts *RebaseOptions) error {
 	if err := r.im.prepare(); err != nil {
 		return r.im.fail(err)
 	}
 	r.im.w.unsynced = true
-	size := r.im.size
-	for off := int64(0); off < size; {
-		if err := r.ctx.Err(); err != nil {
-			return err
-		}
-		n, differs, err := r.next(off)
-		if err == nil && differs {
-			err = r.compare(off, n)
-		}
-		if err != nil {
-			return err
-		}
-		off += n
-		if r.progress != nil {
-			r.progress(off, size)
-		}
+	o := &transfer.Options{
+		Workers: copyWorkers, InOrder: true, Sparse: -1, Keep: unallocated, Base: backingFile{r.new},
 	}
-	return nil
+	if opts != nil {
+		o.Progress = opts.Progress
+	}
+	return transfer.Copy(ctx, r, r, o)
 }
 
-// next returns the length of a run from off on that may differ and is to be
-// compared, up to the size of a buffer, or else need not be looked at.
-func (r *rebase) next(off int64) (n int64, differs bool, err error) {
-	limit := r.im.size
-	if off < r.oldSize {
-		limit = min(limit, r.oldSize)
-	}
-	for at := off; at < limit; {
-		m, d, err := r.piece(at, limit-at)
-		if err != nil {
-			return 0, false, err
-		}
-		if at != off && d != differs {
-			break
-		}
-		at += m
-		n, differs = at-off, d
-		if !d {
-			break
-		}
-		if n >= copyBuffer {
-			n = (off+copyBuffer)&^(copyBuffer-1) - off
-			break
-		}
-	}
-	return n, differs, nil
+func (r *rebase) Size() int64 { return r.im.size }
+
+// Granularity implements transfer.Skipper.
+func (r *rebase) Granularity() int64 { return 1 << r.im.geo.subBits }
+
+// Skip implements transfer.Skipper.
+func (r *rebase) Skip(off, n int64) error { return nil }
+
+// ReadAt reads the old backing file.
+func (r *rebase) ReadAt(p []byte, off int64) (int, error) {
+	n, err := backingFile{r.im.backing}.ReadAt(p, off)
+	return n, r.im.inBacking(err)
 }
 
-// piece tells whether the first n of limit bytes at off have to be compared, as
-// far as tables say. What does is whole blocks, of which the image has nothing.
-func (r *rebase) piece(off, limit int64) (n int64, differs bool, err error) {
+// NextExtent implements blockdev.ExtentReader: of data is what has to be compared,
+// as far as tables say.
+func (r *rebase) NextExtent(off int64) (blockdev.Extent, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	e, err := r.im.nextExtent(off)
 	if err != nil {
-		return 0, false, err
+		return e, err
 	}
-	n = min(e.Len, limit)
 	held := e.Kind != blockdev.Unallocated
-	if held && e.Depth == 0 {
-		return n, false, nil
-	}
-	same := held && r.common > 0 && e.Depth >= r.common
+	same := held && (e.Depth == 0 || r.common > 0 && e.Depth >= r.common)
 	if !same {
 		f := blockdev.Extent{Kind: blockdev.Unallocated}
 		if r.new != nil && off < r.new.Size() {
 			if f, err = blockdev.NextExtent(r.new, off); err != nil {
-				return 0, false, err
+				return e, err
 			}
-			n = min(n, f.Len)
+			e.Len = min(e.Len, f.Len)
 		}
 		same = e.Kind.ReadsZero() && f.Kind.ReadsZero() ||
 			e.Kind == blockdev.Data && f.Kind == blockdev.Data && e.HostOff == f.HostOff && sameFile(e.Host, f.Host)
 	}
-	block := int64(1) << r.im.geo.subBits
-	end := off + n
-	if down := end &^ (block - 1); same && n < limit && down > off {
-		return down - off, false, nil
-	} else if same && n == limit {
-		return n, false, nil
+	kind := blockdev.Data
+	if same {
+		kind = blockdev.Unallocated
 	}
-	return min((end+block-1)&^(block-1)-off, limit), true, nil
+	return blockdev.Extent{Off: off, Len: e.Len, Kind: kind}, nil
 }
 
-// compare reads n bytes at off of the old and the new backing file, and writes
-// those blocks of the old one that differ. A block is what the image allocates
-// at once, so that nothing around it has to be read again.
-func (r *rebase) compare(off, n int64) error {
-	if r.oldBuf == nil {
-		r.oldBuf, r.newBuf = make([]byte, copyBuffer), make([]byte, copyBuffer)
-	}
-	old, now := r.oldBuf[:n], r.newBuf[:n]
-	zero := off >= r.oldSize
-	read := make(chan error)
-	go func() { read <- readBacking(r.new, now, off) }()
-	err := r.im.inBacking(readBacking(r.old, old, off))
-	if err2 := <-read; err == nil {
-		err = err2
-	}
-	if err != nil {
-		return err
-	}
-	block := int64(1) << r.im.geo.subBits
-	blockEnd := func(at int64) int64 { return min((off+at+block)&^(block-1)-off, n) }
-	for at := int64(0); at < n; {
-		end := blockEnd(at)
-		if bytes.Equal(old[at:end], now[at:end]) {
-			at = end
-			continue
-		}
-		for end < n && !bytes.Equal(old[end:blockEnd(end)], now[end:blockEnd(end)]) {
-			end = blockEnd(end)
-		}
-		var err error
-		if zero {
-			err = r.zero(off+at, end-at)
-		} else {
-			_, err = r.im.writeGuest(old[at:end], off+at)
-		}
+// WriteAt writes blocks of the old backing file into the image. What lies behind
+// its end becomes zeroes, with what lies before it in the same block if that is
+// zeroes by the tables.
+func (r *rebase) WriteAt(p []byte, off int64) (int, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	end := off + int64(len(p))
+	at := min(max(off, r.oldSize), end)
+	if before := at & (r.Granularity() - 1); before > 0 && at < end {
+		e, err := r.im.nextExtent(at - before)
 		if err != nil {
-			return r.im.fail(err)
-		}
-		at = end
-	}
-	return nil
-}
-
-// readBacking fills p with what a backing file that may be short, or nil, has at
-// off.
-func readBacking(d blockdev.Reader, p []byte, off int64) error {
-	if d == nil || off >= d.Size() {
-		clear(p)
-		return nil
-	}
-	return readFull(d, p, off)
-}
-
-// zero makes n bytes at off, behind the old backing file, read as zeroes: whole
-// blocks, where what lies before them in the first one is zeroes by the tables.
-func (r *rebase) zero(off, n int64) error {
-	if before := off & (1<<r.im.geo.subBits - 1); before > 0 {
-		e, err := r.im.nextExtent(off - before)
-		if err != nil {
-			return err
+			return 0, err
 		}
 		if e.Kind.ReadsZero() && e.Len >= before {
-			off, n = off-before, n+before
+			at -= before
 		}
 	}
-	return r.im.zeroGuest(off, n)
+	n, err := r.im.writeGuest(p[:at-off], off)
+	if err == nil && at < end {
+		n, err = len(p), r.im.zeroGuest(at, end-at)
+	}
+	return n, r.im.fail(err)
+}
+
+// backingFile is a backing file that may be short, or nil, read as a longer
+// disk.
+type backingFile struct{ dev blockdev.Reader }
+
+func (b backingFile) ReadAt(p []byte, off int64) (int, error) {
+	if b.dev == nil || off >= b.dev.Size() {
+		clear(p)
+	} else if err := readFull(b.dev, p, off); err != nil {
+		return 0, err
+	}
+	return len(p), nil
 }
