@@ -1,0 +1,48 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"qimg/cloudimg/formats"
+)
+
+// openForeign opens an image in a format that is only read.
+func (o *opening) openForeign(img, file *image, opts blockOptions, _ bool) error {
+	switch {
+	case o.below:
+		return fmt.Errorf("it is in format %s; qimg reads backing files in qcow2 and raw", img.format)
+	case o.write:
+		return fmt.Errorf("it is in format %s, which qimg reads and does not write", img.format)
+	case o.chain && (opts["backing"] != nil || len(opts.take("backing.")) > 0):
+		return messagef("Driver doesn't support backing files")
+	}
+	ctx := o.host.ctx
+	if ctx == nil {
+		ctx = context.Background()
+	}
+	var err error
+	if img.foreign, err = formats.New(ctx, img.dev, &formats.Options{Format: img.format}); err != nil {
+		return foreignError(img.format, err)
+	}
+	img.closers = append(img.closers, img.foreign)
+	img.setName(file, map[string]any{})
+	return nil
+}
+
+// foreignError puts an error of opening an image in qemu-img's words.
+func foreignError(format string, err error) error {
+	if !errors.Is(err, formats.ErrFormat) {
+		return err
+	}
+	switch format {
+	case formats.VMDK:
+		return messagef("invalid VMDK image descriptor")
+	case formats.VPC:
+		return messagef("invalid VPC image")
+	case formats.VHDX:
+		return messagef("Invalid argument")
+	}
+	return err
+}
