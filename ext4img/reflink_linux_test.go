@@ -13,24 +13,8 @@ import (
 // TestReflink builds where source and image lie on one file system that shares
 // blocks: the image holds the blocks of the source's large files themselves.
 func TestReflink(t *testing.T) {
-	oracle.RequireRoot(t)
-	oracle.Require(t, "mkfs.btrfs", "filefrag")
-	fs := filepath.Join(t.TempDir(), "btrfs")
-	if err := os.WriteFile(fs, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Truncate(fs, 1<<30); err != nil {
-		t.Fatal(err)
-	}
-	oracle.MustRun(t, "mkfs.btrfs", "-q", fs)
-	mnt := t.TempDir()
-	oracle.MustRun(t, "mount", "-o", "loop", fs, mnt)
-	defer func() {
-		if r := oracle.Run(t, "umount", mnt); r.Code != 0 {
-			t.Error(r.Stderr)
-		}
-	}()
-
+	oracle.Require(t, "filefrag")
+	mnt := oracle.MountNew(t, "mkfs.btrfs")
 	src := filepath.Join(mnt, "src")
 	if err := os.Mkdir(src, 0o755); err != nil {
 		t.Fatal(err)

@@ -291,7 +291,9 @@ func (w *Writer) write(p []byte, off int64) (done int, err error) {
 }
 
 // CopyRange implements blockdev.RangeCopier where the device does and there is
-// no compression. The range has to be planned. It is safe for concurrent use.
+// neither compression nor encryption. The range has to be planned. In order it
+// has to be whole clusters, and it is copied as a whole or not at all: what the
+// device does not take is read and written. It is safe for concurrent use.
 func (w *Writer) CopyRange(off int64, src *os.File, srcOff, n int64) (int64, error) {
 	if err := w.usable(); err != nil {
 		return 0, err
@@ -308,8 +310,18 @@ func (w *Writer) copyRange(off int64, src *os.File, srcOff, n int64) (done int64
 		return 0, err
 	}
 	rc, ok := w.dst.(blockdev.RangeCopier)
-	if !ok || w.ordered != nil {
+	if ok && w.ordered != nil {
+		f, file := w.dst.(*blockdev.File)
+		ok = file && w.ordered.direct && f.Shares(src)
+	}
+	if !ok {
 		return 0, fmt.Errorf("qcow2: copy by the kernel: %w", errors.ErrUnsupported)
+	}
+	if w.ordered != nil {
+		if err := w.ordered.copyRange(rc, off, src, srcOff, n); err != nil {
+			return 0, err
+		}
+		return n, nil
 	}
 	for done < n {
 		host, part, err := w.locate(off+done, n-done)
@@ -635,6 +647,29 @@ func (o *orderedWriter) writeSparse(p []byte, off int64, data []blockdev.Range) 
 	}
 	for _, r := range runs {
 		if _, err := o.w.dst.WriteAt(p[r.off-off:][:r.n], r.host); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// copyRange places whole clusters and has the device take them from src.
+func (o *orderedWriter) copyRange(rc blockdev.RangeCopier, off int64, src *os.File, srcOff, n int64) error {
+	g := &o.w.geo
+	runs, err := o.take(off>>g.clusterBits, g.clusters(n), func() ([]hostRun, error) {
+		return o.placeData(nil, blockdev.Range{Off: off, Len: n})
+	})
+	if err != nil {
+		return err
+	}
+	for _, r := range runs {
+		at := srcOff + r.off - off
+		done, err := rc.CopyRange(r.host, src, at, r.n)
+		if errors.Is(err, errors.ErrUnsupported) {
+			rest := r.n - done
+			_, err = io.CopyN(io.NewOffsetWriter(o.w.dst, r.host+done), io.NewSectionReader(src, at+done, rest), rest)
+		}
+		if err != nil {
 			return err
 		}
 	}

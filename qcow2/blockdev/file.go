@@ -336,9 +336,13 @@ func (f *File) CutBack(size int64) error {
 	return nil
 }
 
+// Shares reports whether the file lies on a file system that can share blocks
+// with src, so that CopyRange of whole blocks is likely to do something.
+func (f *File) Shares(src *os.File) bool { return shares(f.f, src) }
+
 // CopyRange implements RangeCopier by reflinks, and on network file systems by
-// copy_file_range, on Linux. src and the
-// file may be the same when the ranges do not overlap.
+// copy_file_range, on Linux. src and the file may be the same when the ranges do
+// not overlap.
 func (f *File) CopyRange(off int64, src *os.File, srcOff, n int64) (int64, error) {
 	if err := f.change("copy", off, n); err != nil {
 		return 0, err

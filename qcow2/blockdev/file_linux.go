@@ -134,6 +134,30 @@ func copyRange(dst *os.File, off int64, src *os.File, srcOff, n int64) (done int
 	return done, err
 }
 
+// shares reports whether two files lie on one file system of a kind that knows
+// reflinks.
+func shares(a, b *os.File) bool {
+	const bcachefsMagic, zfsMagic = 0xca451a4e, 0x2fc12fc1
+	var st [2]unix.Stat_t
+	var fs unix.Statfs_t
+	for i, f := range []*os.File{a, b} {
+		err := control(f, func(fd int) error {
+			if err := unix.Fstat(fd, &st[i]); err != nil {
+				return err
+			}
+			return unix.Fstatfs(fd, &fs)
+		})
+		if err != nil {
+			return false
+		}
+	}
+	switch uint32(fs.Type) {
+	case unix.BTRFS_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.OCFS2_SUPER_MAGIC, bcachefsMagic, zfsMagic:
+		return st[0].Dev == st[1].Dev
+	}
+	return false
+}
+
 // cloneRange clones the whole blocks of a range.
 func cloneRange(dfd int, off int64, sfd int, srcOff, n int64) (int64, error) {
 	whole := n

@@ -70,8 +70,6 @@ func TestFileSparse(t *testing.T) {
 	}
 }
 
-// TestFileCopyRange copies on file systems that share blocks, and on one that
-// does not.
 // Allocate takes space and leaves what is read as it was.
 func TestFileAllocate(t *testing.T) {
 	const size = 8 << 20
@@ -97,11 +95,13 @@ func TestFileAllocate(t *testing.T) {
 	}
 }
 
+// TestFileCopyRange copies on file systems that share blocks, and on one that
+// does not.
 func TestFileCopyRange(t *testing.T) {
 	want := bytes.Repeat([]byte("0123456789abcdef"), 1<<16)
 	for _, mkfs := range []string{"mkfs.btrfs", "mkfs.xfs"} {
 		t.Run(mkfs, func(t *testing.T) {
-			dir := mountNew(t, mkfs)
+			dir := oracle.MountNew(t, mkfs)
 			src, dst := filepath.Join(dir, "src"), filepath.Join(dir, "dst")
 			if err := os.WriteFile(src, want[:len(want)-5], 0o600); err != nil {
 				t.Fatal(err)
@@ -115,6 +115,9 @@ func TestFileCopyRange(t *testing.T) {
 			}
 			defer s.Close()
 			f := openFile(t, dst, rw)
+			if !f.Shares(s) {
+				t.Error("the file system shares no blocks")
+			}
 			if n, err := f.CopyRange(8192, s, 4096, 1<<19); n != 1<<19 || err != nil {
 				t.Errorf("aligned: %d, %v", n, err)
 			}
@@ -161,31 +164,6 @@ func TestFileCopyRange(t *testing.T) {
 	if _, err := f.WriteAt(want, 0); err != nil {
 		t.Error(err)
 	}
-}
-
-// mountNew mounts a new file system until the test ends.
-func mountNew(t *testing.T, mkfs string) string {
-	t.Helper()
-	oracle.RequireRoot(t)
-	oracle.Require(t, mkfs)
-	image := filepath.Join(t.TempDir(), "fs")
-	if err := os.WriteFile(image, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Truncate(image, 512<<20); err != nil {
-		t.Fatal(err)
-	}
-	oracle.MustRun(t, mkfs, "-q", image)
-	dir := t.TempDir()
-	if r := oracle.Run(t, "mount", "-o", "loop", image, dir); r.Code != 0 {
-		oracle.Missing(t, "a kernel that mounts what "+mkfs+" makes")
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
-			t.Error(err)
-		}
-	})
-	return dir
 }
 
 func TestOpenFileRefusesFifo(t *testing.T) {
