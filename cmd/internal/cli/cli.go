@@ -91,6 +91,7 @@ func newRoot(host Host) *cobra.Command {
 		newBuild(host),
 		newCheck(host),
 		newCommit(host),
+		newCompare(host),
 		newCreate(host),
 		newDump(host),
 		newInfo(host),
