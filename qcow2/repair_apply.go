@@ -173,8 +173,10 @@ func (r *repairer) writeL2(t TableChange, buf []byte) error {
 
 // writeL1 writes an L1 table in its new place.
 func (r *repairer) writeL1(t TableChange) error {
-	for at, n := int64(0), t.size*l1EntrySize; at < n; at += maxSlice {
-		b := make([]byte, min(maxSlice, n-at))
+	n := t.size * l1EntrySize
+	buf := make([]byte, min(maxSlice, n))
+	for at := int64(0); at < n; at += maxSlice {
+		b := buf[:min(maxSlice, n-at)]
 		if err := readFull(r.dev, b, t.Off+at); err != nil {
 			return fmt.Errorf("qcow2: repair: l1 table at %#x: %w", t.Off, err)
 		}
