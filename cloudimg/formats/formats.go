@@ -93,8 +93,14 @@ func New(ctx context.Context, file blockdev.Reader, opts *Options) (*Image, erro
 		}
 		h := im.Header()
 		return &Image{disk: im, format: QCOW2, blockSize: h.ClusterSize(), closers: []io.Closer{im}}, nil
+	case VMDK:
+		return openVMDK(file)
 	case VDI:
 		return openVDI(file)
+	case VPC:
+		return openVPC(file)
+	case VHDX:
+		return openVHDX(file)
 	}
 	return nil, fmt.Errorf("image format %q: %w", format, ErrUnsupported)
 }
