@@ -54,6 +54,21 @@ func TestDevice(t *testing.T, newDevice func(t *testing.T) blockdev.Device) {
 	run("CopyRange", testCopyRange)
 }
 
+// TestReader runs the part of the suite that does not write. newReader returns a
+// reader of MinSize to MaxSize bytes.
+func TestReader(t *testing.T, newReader func(t *testing.T) blockdev.Reader) {
+	TestDevice(t, func(t *testing.T) blockdev.Device { return readOnly{newReader(t)} })
+}
+
+// readOnly is a reader as a device that takes no writes.
+type readOnly struct{ blockdev.Reader }
+
+func (readOnly) WriteAt([]byte, int64) (int, error) { return 0, blockdev.ErrReadOnly }
+
+func (r readOnly) NextExtent(off int64) (blockdev.Extent, error) {
+	return blockdev.NextExtent(r.Reader, off)
+}
+
 // model is a device and what it has to read as.
 type model struct {
 	d    blockdev.Device
@@ -63,6 +78,9 @@ type model struct {
 
 func (m *model) write(t *testing.T, off, n int64) {
 	t.Helper()
+	if _, ok := m.d.(readOnly); ok {
+		return
+	}
 	p := m.want[off : off+n]
 	m.rand.Read(p)
 	orig := slices.Clone(p)
