@@ -129,6 +129,7 @@ func queryInfo(name string, o *openOptions) (*imageInfo, error) {
 	}
 	if img.foreign != nil {
 		info.clusterSize = img.foreign.BlockSize()
+		info.specific = foreignSpecific(img)
 	}
 	if img.qcow2 == nil {
 		return info, nil
