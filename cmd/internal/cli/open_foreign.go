@@ -46,3 +46,19 @@ func foreignError(format string, err error) error {
 	}
 	return err
 }
+
+// foreignSpecific is what qemu-img tells of a format alone, in its order; nil for
+// most.
+func foreignSpecific(img *image) object {
+	v, ok := img.foreign.VMDK()
+	if !ok {
+		return nil
+	}
+	extent := object{}
+	if v.Compressed {
+		extent.add("compressed", true)
+	}
+	extent = append(extent, object{{"virtual-size", img.size()}, {"filename", img.file.Name()},
+		{"cluster-size", img.foreign.BlockSize()}, {"format", ""}}...)
+	return object{{"cid", int64(v.CID)}, {"parent-cid", int64(v.ParentCID)}, {"create-type", v.CreateType}, {"extents", []any{extent}}}
+}
