@@ -92,6 +92,7 @@ func newRoot(host Host) *cobra.Command {
 		newCheck(host),
 		newCommit(host),
 		newCompare(host),
+		newConvert(host),
 		newCreate(host),
 		newDump(host),
 		newInfo(host),

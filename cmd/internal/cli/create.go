@@ -264,24 +264,25 @@ func newFile(path string, opts *blockdev.CreateOptions) (*blockdev.Output, error
 
 // target is where a new image is made: a new file, or a block device.
 type target struct {
-	out *blockdev.Output // nil: a device
-	dev *blockdev.File
+	out    *blockdev.Output // nil: a device
+	dev    *blockdev.File
+	noSync bool
 }
 
-func newTarget(path string) (*target, error) {
+func newTarget(path string, noSync bool) (*target, error) {
 	info, err := os.Stat(path)
 	if err == nil && info.Mode()&(os.ModeDevice|os.ModeCharDevice) == os.ModeDevice {
 		f, err := blockdev.OpenFile(path, &blockdev.FileOptions{Write: true})
 		if err != nil {
 			return nil, openError(path, err)
 		}
-		return &target{dev: f}, nil
+		return &target{dev: f, noSync: noSync}, nil
 	}
-	out, err := newFile(path, nil)
+	out, err := newFile(path, &blockdev.CreateOptions{NoSync: noSync})
 	if err != nil {
 		return nil, err
 	}
-	return &target{out, out.File()}, nil
+	return &target{out: out, dev: out.File()}, nil
 }
 
 // commit makes the image complete.
@@ -289,8 +290,10 @@ func (t *target) commit() error {
 	if t.out != nil {
 		return t.out.Commit()
 	}
-	if err := t.dev.Sync(); err != nil {
-		return err
+	if !t.noSync {
+		if err := t.dev.Sync(); err != nil {
+			return err
+		}
 	}
 	return t.dev.Close()
 }
@@ -314,24 +317,40 @@ func (t *target) checkPreallocation(mode string) error {
 }
 
 func createRaw(ctx context.Context, path string, opts *optionList) error {
-	mode, size := opts.str("preallocation"), diskSize(opts)
-	switch {
-	case size < 0:
-		return messagef("Could not resize file: Invalid argument")
-	case mode == "metadata":
-		return messagef("Unsupported preallocation mode: metadata")
-	case opts.has("preallocation") && mode != "off" && mode != "falloc" && mode != "full":
-		return messagef("invalid parameter value: %s", mode)
-	}
-	t, err := newTarget(path)
+	t, err := beginRaw(ctx, path, opts, false)
 	if err != nil {
 		return err
 	}
-	defer t.abort()
-	if err := t.checkPreallocation(mode); err != nil {
-		return err
-	}
+	return t.commit()
+}
+
+// beginRaw makes an empty raw image that is not committed yet.
+func beginRaw(ctx context.Context, path string, opts *optionList, noSync bool) (*target, error) {
+	mode, size := opts.str("preallocation"), diskSize(opts)
 	switch {
+	case size < 0:
+		return nil, messagef("Could not resize file: Invalid argument")
+	case mode == "metadata":
+		return nil, messagef("Unsupported preallocation mode: metadata")
+	case opts.has("preallocation") && mode != "off" && mode != "falloc" && mode != "full":
+		return nil, messagef("invalid parameter value: %s", mode)
+	}
+	t, err := newTarget(path, noSync)
+	if err != nil {
+		return nil, err
+	}
+	if err := t.makeRaw(ctx, mode, size); err != nil {
+		t.abort()
+		return nil, err
+	}
+	return t, nil
+}
+
+// makeRaw gives a raw image its size, and its space as mode says.
+func (t *target) makeRaw(ctx context.Context, mode string, size int64) error {
+	err := t.checkPreallocation(mode)
+	switch {
+	case err != nil:
 	case t.out != nil:
 		err = t.dev.Truncate(size)
 	case size > t.dev.Size():
@@ -342,15 +361,13 @@ func createRaw(ctx context.Context, path string, opts *optionList) error {
 	}
 	switch {
 	case err != nil:
-	case mode == "falloc":
-		err = blockdev.AllocateZeroes(ctx, t.dev, 0, size, nil)
-	case mode == "full":
-		err = blockdev.FillZeroes(ctx, t.dev, 0, size, nil)
-	}
-	if err != nil {
 		return err
+	case mode == "falloc":
+		return blockdev.AllocateZeroes(ctx, t.dev, 0, size, nil)
+	case mode == "full":
+		return blockdev.FillZeroes(ctx, t.dev, 0, size, nil)
 	}
-	return t.commit()
+	return nil
 }
 
 func createQcow2(ctx context.Context, path string, opts *optionList, s *secrets) error {
@@ -358,44 +375,70 @@ func createQcow2(ctx context.Context, path string, opts *optionList, s *secrets)
 	if err != nil {
 		return err
 	}
-	if diskSize(opts) < 0 {
-		return messagef("Could not resize image: Image size cannot be negative")
-	}
-	t, err := newTarget(path)
+	t, err := beginQcow2(path, opts, co, false)
 	if err != nil {
 		return err
 	}
 	defer t.abort()
-	mode := opts.str("preallocation")
-	if err := t.checkPreallocation(mode); err != nil {
+	if err := qcow2.Create(ctx, t.image.dev, diskSize(opts), co); err != nil {
 		return err
-	}
-	var data *target
-	if co.DataFile != "" {
-		if co.DataFile, err = localPath(co.DataFile); err != nil {
-			return err
-		}
-		if samePath(co.DataFile, path) {
-			return withHint(messagef(`Failed to get shared "resize" lock`), lockHint(path))
-		}
-		if data, err = newTarget(co.DataFile); err != nil {
-			return err
-		}
-		defer data.abort()
-		if err := data.checkPreallocation(mode); err != nil {
-			return err
-		}
-		co.Data = data.dev
-	}
-	if err := qcow2.Create(ctx, t.dev, diskSize(opts), co); err != nil {
-		return err
-	}
-	if data != nil {
-		if err := data.commit(); err != nil {
-			return err
-		}
 	}
 	return t.commit()
+}
+
+// qcow2Target is where a new qcow2 image is made.
+type qcow2Target struct {
+	image *target
+	data  *target // the external data file; nil: none
+}
+
+// beginQcow2 begins the files of a new image, empty ones, and sets co.Data.
+func beginQcow2(path string, opts *optionList, co *qcow2.CreateOptions, noSync bool) (t qcow2Target, err error) {
+	if diskSize(opts) < 0 {
+		return t, messagef("Could not resize image: Image size cannot be negative")
+	}
+	defer func() {
+		if err != nil {
+			t.abort()
+		}
+	}()
+	if t.image, err = newTarget(path, noSync); err != nil {
+		return t, err
+	}
+	mode := opts.str("preallocation")
+	if err := t.image.checkPreallocation(mode); err != nil || co.DataFile == "" {
+		return t, err
+	}
+	if co.DataFile, err = localPath(co.DataFile); err != nil {
+		return t, err
+	}
+	if samePath(co.DataFile, path) {
+		return t, withHint(messagef(`Failed to get shared "resize" lock`), lockHint(path))
+	}
+	if t.data, err = newTarget(co.DataFile, noSync); err != nil {
+		return t, err
+	}
+	co.Data = t.data.dev
+	return t, t.data.checkPreallocation(mode)
+}
+
+// commit makes the image complete, the data file first.
+func (t qcow2Target) commit() error {
+	if t.data != nil {
+		if err := t.data.commit(); err != nil {
+			return err
+		}
+	}
+	return t.image.commit()
+}
+
+// abort drops what is not committed.
+func (t qcow2Target) abort() {
+	for _, f := range []*target{t.image, t.data} {
+		if f != nil {
+			f.abort()
+		}
+	}
 }
 
 // samePath reports whether two names are those of one place.

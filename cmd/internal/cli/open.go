@@ -40,6 +40,9 @@ type openOptions struct {
 	// below opens an image that is, or is to become, a backing file: one of qcow2
 	// or raw alone.
 	below bool
+	// opened, if set, is told the path of each file that is opened but for those
+	// that an image names.
+	opened func(path string)
 	// snapshot, if set, is read in place of the active content.
 	snapshot string
 	// cacheSize bounds the tables in memory, in bytes; 0: what the library has.

@@ -466,6 +466,9 @@ func (o *opening) openFile(name *string, opts blockOptions, given bool) (*image,
 	if err != nil {
 		return nil, openError(path, err)
 	}
+	if o.opened != nil {
+		o.opened(path)
+	}
 	if names := qdictOrder(opts); len(names) > 0 {
 		f.Close()
 		return nil, messagef("Block protocol 'file' doesn't support the option '%s'", names[0])

@@ -20,21 +20,30 @@ func parseImageOpts(arg string, host Host) (blockOptions, error) {
 	if i := strings.IndexAny(arg, "=,"); arg != "" && (i < 0 || arg[i] == ',') {
 		opts["file"], arg = optionValue(arg)
 	}
-	for _, p := range splitOptions(arg) {
-		if p.short {
-			given := p.name
-			if p.value == "off" {
-				given = "no" + given
-			}
-			host.warn("short-form boolean option '%s' deprecated", given)
-			fmt.Fprintf(host.Err, "Please use %s=%s instead\n", p.name, p.value)
-		}
+	pairs := splitOptions(arg)
+	host.warnShort(pairs)
+	for _, p := range pairs {
 		opts[p.name] = p.value
 	}
 	if id, ok := opts.str("id"); ok && !wellFormedID(id) {
 		return nil, &bareError{badID("id")}
 	}
 	return opts, nil
+}
+
+// warnShort warns of options without a value.
+func (h Host) warnShort(pairs []optionPair) {
+	for _, p := range pairs {
+		if !p.short {
+			continue
+		}
+		given := p.name
+		if p.value == "off" {
+			given = "no" + given
+		}
+		h.warn("short-form boolean option '%s' deprecated", given)
+		fmt.Fprintf(h.Err, "Please use %s=%s instead\n", p.name, p.value)
+	}
 }
 
 // parseJSONName reads what stands behind json: in the name of an image.

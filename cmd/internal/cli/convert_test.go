@@ -1,0 +1,317 @@
+package cli_test
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"qimg/qcow2/blockdev/oracle"
+)
+
+// convertInputs makes the images that the command lines below name.
+func convertInputs(t *testing.T) {
+	t.Helper()
+	writeFile(t, "raw.img", strings.Repeat("raw data", 1<<14))
+	writeFile(t, "odd.img", strings.Repeat("odd", 1000)) // no whole sectors
+	writeFile(t, "empty.img", "")
+	writeFile(t, "key", "letmein")
+	for _, line := range []string{
+		"create -q -f qcow2 base.qcow2 1M",
+		"create -q -f qcow2 -b base.qcow2 -F qcow2 mid.qcow2",
+		"create -q -f qcow2 -b mid.qcow2 -F qcow2 top.qcow2",
+		"create -q -f qcow2 big.qcow2 3M",
+		"create -q -f qcow2 -o compat=0.10 old.qcow2 2M",
+		"create -q -f qcow2 snap.qcow2 1M",
+		"create -q -f qcow2 bitmaps.qcow2 1M",
+		"create -q -f qcow2 broken.qcow2 1M",
+		"create -q -f raw space.img 1M",
+		"create -q -f raw holes.img 4M",
+		"create -q -f qcow2 -o data_file=data.raw ext.qcow2 1M",
+		"create -q -f qcow2 --object secret,id=s,file=key -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=100 luks.qcow2 1M",
+	} {
+		oracle.MustRun(t, "qemu-img", strings.Fields(line)...)
+	}
+	for _, c := range [][]string{
+		{"qemu-io", "-c", "write -P 1 0 500k", "base.qcow2"},
+		{"qemu-io", "-c", "write -P 2 200k 200k", "mid.qcow2"},
+		{"qemu-io", "-c", "write -P 3 300k 10k", "-c", "write -z 100k 128k", "top.qcow2"},
+		{"qemu-io", "-c", "write -P 1 0 64k", "-c", "write -P 2 300k 100k", "-c", "write -z 700k 64k", "snap.qcow2"},
+		{"qemu-img", "snapshot", "-c", "first", "snap.qcow2"},
+		{"qemu-io", "-c", "write -P 3 100k 300k", "snap.qcow2"},
+		{"qemu-img", "snapshot", "-c", "1x", "snap.qcow2"},
+		{"qemu-io", "-c", "write -P 4 0 1M", "snap.qcow2"},
+		{"qemu-img", "bitmap", "--add", "-g", "32k", "bitmaps.qcow2", "a"},
+		{"qemu-img", "bitmap", "--add", "--disable", "bitmaps.qcow2", "b"},
+		{"qemu-img", "bitmap", "--add", "bitmaps.qcow2", "c"},
+		{"qemu-io", "-c", "write -P 5 100k 300k", "bitmaps.qcow2"},
+		{"qemu-img", "bitmap", "--add", "broken.qcow2", "good"},
+		{"qemu-img", "bitmap", "--add", "broken.qcow2", "bad"},
+		{"qemu-img", "bitmap", "--add", "broken.qcow2", "fine"},
+		{"qemu-io", "-c", "write -P 6 10k 30k", "-c", "write -P 7 500k 8k", "broken.qcow2"},
+		{"qemu-io", "-f", "raw", "-c", "write -P 8 10k 30k", "-c", "write -P 9 2M 1k", "-c", "write -P 9 2052k 1k", "holes.img"},
+		{"qemu-io", "-f", "raw", "-c", "write -P 7 0 1M", "space.img"},
+		{"qemu-io", "-c", "write -P 8 10k 300k", "ext.qcow2"},
+		{"qemu-io", "-c", "write -P 8 10k 300k", "old.qcow2"},
+		{"qemu-io", "-c", "write -P 9 700k 2M", "big.qcow2"},
+		{"qemu-io", "--object", "secret,id=s,file=key", "-c", "write -P 8 10k 300k", "--image-opts", "encrypt.key-secret=s,file.filename=luks.qcow2"},
+	} {
+		oracle.MustRun(t, c[0], c[1:]...)
+	}
+	breakBitmap(t, "broken.qcow2", "bad")
+}
+
+// breakBitmap marks a bitmap as not saved.
+func breakBitmap(t *testing.T, image, name string) {
+	t.Helper()
+	b, err := os.ReadFile(image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The entry of the directory has its flags 12 bytes behind its beginning and
+	// its name behind 24.
+	at := bytes.Index(b, append(make([]byte, 4), name+"\x00"...)) - 20
+	if at < 0 {
+		t.Fatal("no entry")
+	}
+	b[at+15] |= 1
+	if err := os.WriteFile(image, b, 0o666); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// filesOf lists the files of a folder.
+func filesOf(t *testing.T, dir string) (names []string) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+// convert prints what qemu-img prints, makes the same image, and nothing if it
+// fails.
+func TestConvert(t *testing.T) {
+	oracle.Require(t, "qemu-img", "qemu-io")
+	dir := t.TempDir()
+	t.Chdir(dir)
+	convertInputs(t)
+	for _, line := range []string{
+		"top.qcow2",
+		"top.qcow2 out",
+		"-O raw top.qcow2 out",
+		"-O qcow2 top.qcow2 out",
+		"-O qcow2 -c top.qcow2 out",
+		"-p -O qcow2 empty.img out",
+		"-O qcow2 odd.img out",
+		"-O raw odd.img out",
+		"odd.img odd.img out",
+		"-O foo top.qcow2 out",
+		"-f foo top.qcow2 out",
+		"-f qcow2 raw.img out",
+		"-f raw top.qcow2 out",
+		"-O qcow2 nope out",
+		"-O qcow2 top.qcow2 nope/out",
+		"-O qcow2 top.qcow2 .",
+		"-O qcow2 top.qcow2 foo:out",
+		"-O qcow2 top.qcow2 file:out",
+		"-t foo top.qcow2 out",
+		"-T foo top.qcow2 out",
+		"-t none top.qcow2 out",
+		"-m 0 top.qcow2 out",
+		"-m 17 top.qcow2 out",
+		"-m x top.qcow2 out",
+		"-m 3 top.qcow2 out",
+		"-S 1 top.qcow2 out",
+		"-S x top.qcow2 out",
+		"-S 17M top.qcow2 out",
+		"-S 64k top.qcow2 out",
+		"-S 512 holes.img out",
+		"-S 0 -O raw snap.qcow2 out",
+		"-S 0 -O qcow2 snap.qcow2 out",
+		"-S 0 -c -O qcow2 snap.qcow2 out",
+		"-S 1k -O raw holes.img out",
+		"-S 64k -O raw holes.img out",
+		"-S 1M -O raw holes.img out",
+		"-S 64k -O qcow2 holes.img out",
+		"-S 1M -O qcow2 holes.img out",
+		"-S 128k -c -O qcow2 holes.img out",
+		"-O qcow2 holes.img out",
+		"-O qcow2 -o cluster_size=512 holes.img out",
+		"-O qcow2 -o cluster_size=4k holes.img out",
+		"-O qcow2 -o cluster_size=2M holes.img out",
+		"-O qcow2 -o compat=0.10 holes.img out",
+		"-c -O qcow2 -o compression_type=zstd holes.img out",
+		"-C -O raw holes.img out",
+		"-C -O qcow2 raw.img out",
+		"-C -c -O qcow2 raw.img out",
+		"-C -S 4k -O qcow2 raw.img out",
+		"-C --salvage -O qcow2 raw.img out",
+		"-W -O qcow2 raw.img out",
+		"-r x raw.img out",
+		"-r 100M raw.img out",
+		"-c raw.img out",
+		"-c -O raw raw.img out",
+		"--skip-broken-bitmaps raw.img out",
+		"--target-image-opts raw.img out",
+		"--target-is-zero raw.img out",
+		"-n -o size=1M raw.img out",
+		"-n raw.img out",
+		"-n raw.img space.img",
+		"-n -O raw raw.img space.img",
+		"-n -O qcow2 raw.img space.img",
+		"-n -O qcow2 raw.img big.qcow2",
+		"-n -O qcow2 snap.qcow2 big.qcow2",
+		"-n -O qcow2 -S 0 snap.qcow2 big.qcow2",
+		"-n -O qcow2 --target-is-zero snap.qcow2 big.qcow2",
+		"-n -O qcow2 top.qcow2 old.qcow2",
+		"-n -O raw top.qcow2 raw.img",
+		"-n -O raw odd.img odd.img",
+		"-n -O qcow2 -B base.qcow2 top.qcow2 big.qcow2",
+		"-n --target-image-opts raw.img driver=qcow2,file.filename=big.qcow2",
+		"-n --target-image-opts raw.img driver=raw,file.filename=space.img",
+		"-n --target-image-opts -O qcow2 raw.img driver=qcow2,file.filename=big.qcow2",
+		"-n --target-image-opts raw.img file.filename=nope",
+		"-n -c -O raw raw.img space.img",
+		"-l first -O raw snap.qcow2 out",
+		"-l 1 -O raw snap.qcow2 out",
+		"-l 1x -O qcow2 snap.qcow2 out",
+		"-l nope -O qcow2 snap.qcow2 out",
+		"-l first -O qcow2 raw.img out",
+		"-l first snap.qcow2 snap.qcow2 out",
+		"-l snapshot.id=1 -O raw snap.qcow2 out",
+		"-l snapshot.name=first -O raw snap.qcow2 out",
+		"-l snapshot.name=1 -O raw snap.qcow2 out",
+		"-l snapshot.id=1,snapshot.name=first -O raw snap.qcow2 out",
+		"-l snapshot.id=2,snapshot.name=first -O raw snap.qcow2 out",
+		"-l snapshot.foo=2 -O raw snap.qcow2 out",
+		"-l snapshot.id -O raw snap.qcow2 out",
+		"-l snapshot.id=1 -O raw snap.qcow2 raw.img out",
+		"-B base.qcow2 -O qcow2 top.qcow2 out",
+		"-B base.qcow2 -F qcow2 -O qcow2 top.qcow2 out",
+		"-B base.qcow2 -F qcow2 -O qcow2 -o compat=0.10 top.qcow2 out",
+		"-B base.qcow2 -F qcow2 -O qcow2 -c top.qcow2 out",
+		"-B base.qcow2 -F qcow2 -O qcow2 -S 0 top.qcow2 out",
+		"-B mid.qcow2 -F qcow2 -O qcow2 top.qcow2 out",
+		"-B raw.img -F raw -O qcow2 top.qcow2 out",
+		"-B raw.img -F raw -O qcow2 holes.img out",
+		"-B raw.img -F raw -O qcow2 space.img out",
+		"-B nope -F raw -O qcow2 space.img out",
+		"-B raw.img -F qcow2 -O qcow2 space.img out",
+		"-B raw.img -F foo -O qcow2 space.img out",
+		"-B raw.img -F raw -O raw space.img out",
+		"-F raw -O raw space.img out",
+		"-F raw -O qcow2 space.img out",
+		"-B raw.img -F raw -O qcow2 odd.img odd.img out",
+		"-O qcow2 -o backing_file=raw.img,backing_fmt=raw space.img out",
+		"-O qcow2 -o backing_file=raw.img space.img out",
+		"-O qcow2 -o foo=1 space.img out",
+		"-O qcow2 -o size=1k raw.img out",
+		"-O qcow2 -o ,,foo raw.img out",
+		"-O qcow2 -o help",
+		"-O raw -o help",
+		"-O qcow2 -o help a b",
+		"-O foo -o help a b",
+		"-O qcow2 -o preallocation=metadata raw.img out",
+		"-O qcow2 -o preallocation=falloc raw.img out",
+		"-O qcow2 -o preallocation=full snap.qcow2 out",
+		"-O qcow2 -o preallocation=foo snap.qcow2 out",
+		"-O qcow2 -c -o preallocation=full snap.qcow2 out",
+		"-O raw -o preallocation=full snap.qcow2 out",
+		"-O raw -o preallocation=falloc snap.qcow2 out",
+		"-O raw -o preallocation=metadata snap.qcow2 out",
+		"-O qcow2 -o data_file=out.data snap.qcow2 out",
+		"-O qcow2 -o data_file=out.data,data_file_raw=on snap.qcow2 out",
+		"-O qcow2 -o data_file=out.data,compat=0.10 snap.qcow2 out",
+		"-O qcow2 -o lazy_refcounts=on,refcount_bits=1 snap.qcow2 out",
+		"-O qcow2 -o refcount_bits=3 snap.qcow2 out",
+		"-O qcow2 -o cluster_size=3000 snap.qcow2 out",
+		"-O qcow2 -o compat=0.10,compression_type=zstd snap.qcow2 out",
+		"-O qcow2 ext.qcow2 out",
+		"-O raw ext.qcow2 out",
+		"-O raw luks.qcow2 out",
+		"-O raw --object secret,id=s,file=key --image-opts encrypt.key-secret=s,file.filename=luks.qcow2 out",
+		"-O raw -f qcow2 --image-opts file.filename=luks.qcow2 out",
+		"-O qcow2 --object secret,id=s,file=key -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=100 snap.qcow2 out",
+		"-O qcow2 -c --object secret,id=s,file=key -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=100 snap.qcow2 out",
+		"-O qcow2 -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=100 snap.qcow2 out",
+		"-O qcow2 -o encrypt.format=luks snap.qcow2 out",
+		"--bitmaps raw.img out",
+		"--bitmaps old.qcow2 out",
+		"--bitmaps bitmaps.qcow2 out",
+		"--bitmaps -O qcow2 bitmaps.qcow2 bitmaps.qcow2 out",
+		"--bitmaps -O qcow2 bitmaps.qcow2 out",
+		"--bitmaps -O qcow2 -o compat=0.10 bitmaps.qcow2 out",
+		"--bitmaps -O qcow2 broken.qcow2 out",
+		"--bitmaps --skip-broken-bitmaps -O qcow2 broken.qcow2 out",
+		"--bitmaps -n -O qcow2 bitmaps.qcow2 broken.qcow2",
+		"--bitmaps -n -O raw bitmaps.qcow2 space.img",
+		"-O raw top.qcow2 top.qcow2",
+		"-O qcow2 top.qcow2 base.qcow2",
+		"-O raw raw.img raw.img",
+		"-n -O raw raw.img raw.img",
+		"-n -O qcow2 top.qcow2 top.qcow2",
+		"-n -O qcow2 top.qcow2 base.qcow2",
+		"-q -p -O raw raw.img out",
+	} {
+		t.Run(line, func(t *testing.T) {
+			args := strings.Fields("convert " + line)
+			for i := range args {
+				args[i] = strings.ReplaceAll(args[i], "''", "")
+			}
+			theirs, ours := both(t, dir, args...)
+			for _, name := range filesOf(t, ours) {
+				sameOutput(t, theirs, ours, name)
+			}
+		})
+	}
+}
+
+// sameOutput compares a file that both programs have made or changed.
+func sameOutput(t *testing.T, theirs, ours, name string) {
+	t.Helper()
+	a, err := os.ReadFile(filepath.Join(theirs, name))
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	if b, err := os.ReadFile(filepath.Join(ours, name)); err == nil && bytes.Equal(a, b) {
+		return
+	}
+	l := &layer{name: name, format: "raw"}
+	if bytes.HasPrefix(a, []byte("QFI\xfb")) {
+		l.format = "qcow2"
+	}
+	t.Chdir(ours)
+	info := headerText(t, theirs, name)
+	if strings.Contains(info, "encrypted: yes") {
+		if err := os.WriteFile("theirs", a, 0o666); err != nil {
+			t.Fatal(err)
+		}
+		opts := "encrypt.key-secret=s,file.filename="
+		r := oracle.Run(t, "qemu-img", "compare", "--object", "secret,id=s,file=key", "--image-opts", opts+"theirs", opts+name)
+		if r.Code != 0 {
+			t.Errorf("%s: compare: %v", name, r)
+		}
+		return
+	}
+	if l.format == "qcow2" {
+		if r := oracle.Run(t, "qemu-img", "check", name); r.Code != 0 {
+			t.Errorf("%s: check: %v", name, r)
+		}
+		if diff := cmp.Diff(info, headerText(t, ours, name)); diff != "" {
+			t.Errorf("%s: info -qemu-img +qimg\n%s", name, diff)
+		}
+	}
+	sameGuest(t, filepath.Join(theirs, name), filepath.Join(ours, name), l.format)
+	if diff := cmp.Diff(mapOf(t, theirs, l), mapOf(t, ours, l)); diff != "" {
+		t.Errorf("%s: map -qemu-img +qimg\n%s", name, diff)
+	}
+}
