@@ -138,9 +138,9 @@ func compare(ctx context.Context, host Host, o *compareOptions, p *progress) (sa
 	}
 	switch {
 	case isRead && bad.Extents:
-		return false, withCode(fmt.Errorf("Sector allocation test failed for %s: %w", o.name(bad.Disk), bad.Err), exitNoExtents)
+		return false, withCode(messagef("Sector allocation test failed for %s: %w", o.name(bad.Disk), bad.Err), exitNoExtents)
 	case isRead:
-		return false, withCode(fmt.Errorf("Error while reading offset %d of %s: %w", bad.Off, o.name(bad.Disk), bad.Err), exitReadFailed)
+		return false, withCode(messagef("Error while reading offset %d of %s: %w", bad.Off, o.name(bad.Disk), bad.Err), exitReadFailed)
 	case d == nil:
 		say("Images are identical.")
 		return true, nil
