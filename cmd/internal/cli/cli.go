@@ -97,6 +97,7 @@ func newRoot(host Host) *cobra.Command {
 		newDump(host),
 		newInfo(host),
 		newMap(host),
+		newMeasure(host),
 		newRebase(host),
 		newResize(host),
 		newSnapshot(host),
