@@ -51,7 +51,7 @@ func firstError(s string) string {
 	return errorCause.ReplaceAllString(firstPart(s[i:]), "$1")
 }
 
-var errorCause = regexp.MustCompile(`(?s)((block status|failed for|offset \d+ of) [^:\n]*).*`)
+var errorCause = regexp.MustCompile(`(?s)(block status|failed for [^:\n]*|offset \d+ of [^:\n]*).*`)
 
 // TestCompare compares images of different sizes, formats, content and
 // allocation, on many command lines.
