@@ -23,7 +23,8 @@ func TestDependencies(t *testing.T) {
 		"qcow2/blockdev/oracle":    {},
 		"qcow2":                    {blockdev, klauspost, xcrypto},
 		"ext4img":                  {blockdev, sys},
-		"cloudimg/formats":         {"qimg/qcow2", blockdev, klauspost},
+		"cloudimg/formats":         {"qimg/cloudimg/decomp", "qimg/qcow2", blockdev, klauspost},
+		"cloudimg/decomp":          {blockdev, klauspost, "github.com/ulikunitz/xz"},
 	}
 	forbidden := []string{"os/exec", "os/signal", "log", "flag", "reflect", "unsafe", "C"}
 	root := filepath.Join("..", "..")
