@@ -6,6 +6,10 @@
 //	vdi     dynamic, static                         differencing images, blocks other than 1 MiB
 //	vpc     VHD, dynamic and fixed                  differencing images
 //	vhdx    dynamic, fixed                          differencing images, a log that is not empty
+//	gzip    raw disks that are compressed,          what package decomp does not know
+//	xz      by way of a temporary file
+//	zstd
+//	bzip2
 //
 // What QEMU 7.2 reads of these is read to the same bytes. An image never leads to
 // another file: one that needs a parent, or names the files that its data lies in,
@@ -23,6 +27,7 @@ import (
 	"fmt"
 	"io"
 
+	"qimg/cloudimg/decomp"
 	"qimg/qcow2"
 	"qimg/qcow2/blockdev"
 )
@@ -35,6 +40,11 @@ const (
 	VDI   = "vdi"
 	VPC   = "vpc" // VHD of Virtual PC
 	VHDX  = "vhdx"
+	// Raw disks that are compressed as a whole.
+	Gzip  = decomp.Gzip
+	XZ    = decomp.XZ
+	Zstd  = decomp.Zstd
+	Bzip2 = decomp.Bzip2
 )
 
 // Detect names the format of an image by its magic number: one of the names of
@@ -44,17 +54,32 @@ const (
 //
 // A guest can write what it likes at the beginning of a raw disk: what Detect
 // says of one is what the guest wants it to say.
-func Detect(r io.ReaderAt) (string, error) { return qcow2.Probe(r) }
+func Detect(r io.ReaderAt) (string, error) {
+	format, err := qcow2.Probe(r)
+	if err == nil && format == Raw {
+		if format, err = decomp.Detect(r); format == "" {
+			format = Raw
+		}
+	}
+	return format, err
+}
 
-// Foreign lists the formats that this package reads by itself, for which an Image
-// is the only way to them.
-func Foreign() []string { return []string{VMDK, VDI, VPC, VHDX} }
+// Foreign lists the formats besides raw and qcow2, for which an Image is the only
+// way to them.
+func Foreign() []string { return []string{VMDK, VDI, VPC, VHDX, Gzip, XZ, Zstd, Bzip2} }
 
 // Options says how an image is opened.
 type Options struct {
 	// Format is the name of the format; "" means that of Detect. Where an image
 	// comes from somebody else who cannot choose the format, name it.
 	Format string
+	// TempDir is the folder for the temporary file of a compressed image, which
+	// is as large as the data in its content. Without it such an image is
+	// refused.
+	TempDir string
+	// MaxSize bounds the content of a compressed image in bytes; 0 means
+	// decomp.DefaultMaxSize.
+	MaxSize int64
 }
 
 // Image is an image that is open for reading. ReadAt and NextExtent are safe for
@@ -68,15 +93,18 @@ type Image struct {
 }
 
 // New opens the image in file. Close leaves file open. Memory is that of the
-// caches, a few MiB at most, whatever the image says.
+// caches, a few MiB at most, whatever the image says. A compressed image is
+// decompressed to its end, which ctx can stop, and checked; memory is that of
+// package decomp then. If its format was found by Detect its content has to be a raw
+// disk; if it was named the content is taken for one.
 //
 // Of the errors see the variables of this package; an image that needs other
 // files is refused with one that matches ErrReference.
 func New(ctx context.Context, file blockdev.Reader, opts *Options) (*Image, error) {
-	format := ""
-	if opts != nil {
-		format = opts.Format
+	if opts == nil {
+		opts = &Options{}
 	}
+	format := opts.Format
 	if format == "" {
 		var err error
 		if format, err = Detect(file); err != nil {
@@ -101,8 +129,27 @@ func New(ctx context.Context, file blockdev.Reader, opts *Options) (*Image, erro
 		return openVPC(file)
 	case VHDX:
 		return openVHDX(file)
+	case Gzip, XZ, Zstd, Bzip2:
+		return openCompressed(ctx, file, format, opts)
 	}
 	return nil, fmt.Errorf("image format %q: %w", format, ErrUnsupported)
+}
+
+func openCompressed(ctx context.Context, file blockdev.Reader, format string, opts *Options) (*Image, error) {
+	d, err := decomp.Open(ctx, file, opts.TempDir, &decomp.Options{Format: format, MaxSize: opts.MaxSize})
+	if err != nil {
+		return nil, err
+	}
+	if opts.Format == "" {
+		inner, err := Detect(d)
+		if err == nil && inner != Raw {
+			err = fmt.Errorf("%s: the content is in format %s: only raw disks are read from within: %w", format, inner, ErrUnsupported)
+		}
+		if err != nil {
+			return nil, errors.Join(err, d.Close())
+		}
+	}
+	return &Image{disk: d, format: format, closers: []io.Closer{d}}, nil
 }
 
 // Open opens the image in the file at path, with the lock of a reader. Close

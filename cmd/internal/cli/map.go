@@ -219,6 +219,7 @@ func (m *mapper) status(off, limit int64) (mapEntry, error) {
 			if err != nil {
 				return e, err
 			}
+			e.hasOffset = x.Host != nil
 			e.offset, e.file = x.HostOff+1+off-size, fileName(x.Host)
 		}
 		return e, nil

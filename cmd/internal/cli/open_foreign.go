@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 
 	"qimg/cloudimg/formats"
 )
@@ -14,7 +15,7 @@ func (o *opening) openForeign(img, file *image, opts blockOptions, _ bool) error
 	case o.below:
 		return fmt.Errorf("it is in format %s; qimg reads backing files in qcow2 and raw", img.format)
 	case o.write:
-		return fmt.Errorf("it is in format %s, which qimg reads and does not write", img.format)
+		return fmt.Errorf("it is in format %s, which qimg reads and does not write (with -f raw it is taken byte by byte)", img.format)
 	case o.chain && (opts["backing"] != nil || len(opts.take("backing.")) > 0):
 		return messagef("Driver doesn't support backing files")
 	}
@@ -23,12 +24,29 @@ func (o *opening) openForeign(img, file *image, opts blockOptions, _ bool) error
 		ctx = context.Background()
 	}
 	var err error
-	if img.foreign, err = formats.New(ctx, img.dev, &formats.Options{Format: img.format}); err != nil {
+	fo := &formats.Options{TempDir: o.host.tempDir()}
+	if !img.probed {
+		fo.Format = img.format
+	}
+	if img.foreign, err = formats.New(ctx, img.dev, fo); err != nil {
 		return foreignError(img.format, err)
 	}
 	img.closers = append(img.closers, img.foreign)
 	img.setName(file, map[string]any{})
 	return nil
+}
+
+// tempDir is the folder for large temporary files, chosen as QEMU does.
+func (h Host) tempDir() string {
+	if h.Getenv != nil {
+		if dir := h.Getenv("TMPDIR"); dir != "" {
+			return dir
+		}
+	}
+	if info, err := os.Stat("/var/tmp"); err == nil && info.IsDir() {
+		return "/var/tmp"
+	}
+	return os.TempDir()
 }
 
 // foreignError puts an error of opening an image in qemu-img's words.

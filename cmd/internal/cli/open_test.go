@@ -157,7 +157,7 @@ func TestNames(t *testing.T) {
 	same(t, "map", "--output=json", `json:{"driver":"qcow2","file":{"filename":"b"},"backing":null}`)
 	for _, name := range []string{"nbd:localhost:10809", "ssh://host/x", "https://host/x", "nbd+unix:///x"} {
 		r := run(t, "info", name)
-		if r.Code != 1 || !strings.Contains(r.Stderr, "is not supported: qimg opens images of the formats qcow2, raw, vmdk, vdi, vpc, vhdx in local files") {
+		if r.Code != 1 || !strings.Contains(r.Stderr, "is not supported: qimg opens images of the formats qcow2, raw, vmdk, vdi, vpc, vhdx, gzip, xz, zstd, bzip2 in local files") {
 			t.Errorf("%s: %d %s", name, r.Code, r.Stderr)
 		}
 	}
