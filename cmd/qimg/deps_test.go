@@ -20,8 +20,11 @@ func TestDependencies(t *testing.T) {
 	allowed := map[string][]string{
 		"qcow2/blockdev":           {sys},
 		"qcow2/blockdev/blocktest": {blockdev},
-		"qcow2/blockdev/oracle":    {},
-		"qcow2":                    {blockdev, klauspost, xcrypto},
+		"qcow2/blockdev/oracle":    {sys},
+		"qcow2/transfer":           {blockdev},
+		"qcow2/internal/inflate":   {},
+		"qcow2/internal/deflate":   {},
+		"qcow2":                    {blockdev, "qimg/qcow2/transfer", "qimg/qcow2/internal", klauspost, xcrypto},
 		"ext4img":                  {blockdev, sys},
 		"cloudimg/formats":         {"qimg/cloudimg/decomp", "qimg/qcow2", blockdev, klauspost},
 		"cloudimg/decomp":          {blockdev, klauspost, "github.com/ulikunitz/xz"},
