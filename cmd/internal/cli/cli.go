@@ -94,6 +94,7 @@ func newRoot(host Host) *cobra.Command {
 		newCompare(host),
 		newConvert(host),
 		newCreate(host),
+		newDD(host),
 		newDump(host),
 		newInfo(host),
 		newMap(host),

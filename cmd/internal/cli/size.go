@@ -84,14 +84,17 @@ func digits(s string, is func(byte) bool) int {
 
 // sizeArg reads the size of an image or the like, as an argument or a flag;
 // what names it in the message.
-func sizeArg(what, s string) (int64, error) {
+func sizeArg(what, s string) (int64, error) { return sizeArgIn(what, s, 0, math.MaxInt64) }
+
+// sizeArgIn is sizeArg for a size from low to high.
+func sizeArgIn(what, s string, low, high int64) (int64, error) {
 	v, err := parseSize(s)
 	if errors.Is(err, errSizeSyntax) {
 		return 0, messagef("Invalid %s specified. You may use k, M, G, T, P or E suffixes for\n"+
 			"kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.", what)
 	}
-	if err != nil || v > math.MaxInt64 {
-		return 0, messagef("Invalid %s specified. Must be between 0 and %d.", what, int64(math.MaxInt64))
+	if err != nil || v < uint64(low) || v > uint64(high) {
+		return 0, messagef("Invalid %s specified. Must be between %d and %d.", what, low, high)
 	}
 	return int64(v), nil
 }
