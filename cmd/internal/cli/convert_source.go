@@ -163,34 +163,39 @@ func spool(ctx context.Context, f *blockdev.File, r io.Reader) error {
 }
 
 // useSnapshot opens the first input anew, with the content of the snapshot.
-func (o *convertOptions) useSnapshot(s *convertSources, names []string) error {
-	if o.snapshot.selected == nil && o.snapshot.any == "" {
-		return nil
-	}
-	if o.snapshot.selected == nil && len(names) > 1 {
+func (o *convertOptions) useSnapshot(s *convertSources, names []string) (err error) {
+	if o.snapshot.selected == nil && o.snapshot.any != "" && len(names) > 1 {
 		return messagef("No support for concatenating multiple snapshot")
 	}
-	img := s.images[0]
-	fail := func(err error) error { return prefixError("Failed to load snapshot", err) }
+	s.images[0], err = useSnapshot(s.images[0], &o.snapshot, &o.source)
+	return err
+}
+
+// useSnapshot opens an image anew, with the content of the snapshot, if -l names
+// one. It returns the image that is open then, also after an error.
+func useSnapshot(img *image, a *snapshotArg, o *openOptions) (*image, error) {
+	if a.selected == nil && a.any == "" {
+		return img, nil
+	}
+	fail := func(err error) (*image, error) { return img, prefixError("Failed to load snapshot", err) }
 	if img.qcow2 == nil {
 		return fail(messagef("Block format '%s' used by device '' does not support temporarily loading internal snapshots", img.format))
 	}
-	sn, err := o.snapshot.find(img.qcow2.Snapshots())
+	sn, err := a.find(img.qcow2.Snapshots())
 	if err != nil {
 		return fail(err)
 	}
-	open := o.source
+	open := *o
 	open.chain, open.host.Err = true, io.Discard // what is to be said was said
 	if open.snapshot = sn.ID; sn.ID == "" {
 		open.snapshot = sn.Name
 	}
-	again, err := openImage(names[0], &open)
+	again, err := openImage(img.arg, &open)
 	if err != nil {
 		return fail(err)
 	}
 	img.close()
-	s.images[0] = again
-	return nil
+	return again, nil
 }
 
 // find returns the snapshot that -l names.

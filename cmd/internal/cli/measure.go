@@ -14,21 +14,23 @@ import (
 )
 
 type measureOptions struct {
-	open    openOptions
-	size    byteCount
-	format  string // of the new image
-	options optionArgs
-	output  string
-	flags   *pflag.FlagSet
+	open     openOptions
+	size     byteCount
+	format   string // of the new image
+	options  optionArgs
+	snapshot snapshotArg
+	output   string
+	flags    *pflag.FlagSet
 }
 
 func newMeasure(host Host) *cobra.Command {
-	o := measureOptions{size: byteCount{what: "image size"}}
+	o := measureOptions{size: byteCount{what: "image size"}, snapshot: snapshotArg{host: host}}
 	cmd := &cobra.Command{
-		Use:   "measure [-O FORMAT] [-o OPTIONS] [--output=human|json] [-f FORMAT] [-U] FILE | --size SIZE",
+		Use:   "measure [-O FORMAT] [-o OPTIONS] [--output=human|json] [-f FORMAT] [-l SNAPSHOT] [-U] FILE | --size SIZE",
 		Short: "Tell how large the file of a new image gets",
 		Long: "Tell how large the file of a new image gets: with the content of an image, or\n" +
-			"with a disk of a size. A compressed image is smaller.",
+			"with a disk of a size. A compressed image is smaller. A snapshot (-l) has the size\n" +
+			"that the disk had then.",
 	}
 	f := cmd.Flags()
 	o.flags = f
@@ -37,6 +39,7 @@ func newMeasure(host Host) *cobra.Command {
 	f.Var(&o.size, "size", "size of an empty disk")
 	f.StringVarP(&o.format, "output-format", "O", "raw", "format of the new image: raw or qcow2")
 	f.VarP(&o.options, "options", "o", "options of the format, as NAME=VALUE,...")
+	f.VarP(&o.snapshot, "snapshot", "l", "measure the snapshot of this id or name; or snapshot.id=ID,snapshot.name=NAME")
 	f.Var((*outputArg)(&o.output), "output", "human or json")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		return runMeasure(cmd.Context(), host, &o, args)
@@ -76,7 +79,10 @@ func runMeasure(ctx context.Context, host Host, o *measureOptions, args []string
 		if img, err = openImage(args[0], &o.open); err != nil {
 			return couldNotOpen(args[0], err)
 		}
-		defer img.close()
+		defer func() { img.close() }()
+		if img, err = useSnapshot(img, &o.snapshot, &o.open); err != nil {
+			return err
+		}
 		src = newGuestDisk(img)
 	}
 	descs, err := formatOptions(o.format)

@@ -49,7 +49,7 @@ func TestMeasure(t *testing.T) {
 	for _, line := range []string{
 		"create -q -f qcow2 a 5M", "create -q -f qcow2 -b a -F qcow2 over 6M", "create -q -f raw raw 3M",
 		"create -q -f qcow2 -o preallocation=metadata pre 4M", "create -q -f qcow2 -o compat=0.10 old 4M",
-		"bitmap --add a one", "bitmap --add -g 512 a a-longer-name", "snapshot -c snap a", "resize -q a 7M",
+		"bitmap --add a one", "bitmap --add -g 512 a a-longer-name", "resize -q a 7M", "snapshot -c snap a",
 	} {
 		oracle.MustRun(t, "qemu-img", strings.Fields(line)...)
 	}
@@ -83,6 +83,8 @@ func TestMeasure(t *testing.T) {
 		"-O qcow2 -o backing_fmt=raw a", "-O qcow2 -o data_file=x a", "-O qcow2 -o preallocation=full a", "-O qcow2 -o compat=0.10 a",
 		"-O qcow2 a", "-O qcow2 over", "-O qcow2 pre", "-O qcow2 old", "-O qcow2 raw", "-O qcow2 -f raw odd", "-f raw odd", "over", "--output json over",
 		"-O qcow2 -o cluster_size=512 --output json a", "-O qcow2 -o cluster_size=512 pre", "-O qcow2 -U a", "-O qcow2 -o nocow=on a",
+		"-l snap", "-l snap --size 1G", "-l snap -O qcow2 a", "-l 1 -O qcow2 a", "-l nope a", "-l snap raw", "-l snap nope", "-l snapshot.name=snap -O qcow2 a",
+		"-l snapshot.id=1,snapshot.name=snap a", "-l snapshot.id=snap a", "-l snapshot.foo=1 a",
 		"--image-opts -O qcow2 driver=qcow2,file.filename=a", "--image-opts driver=raw,file.filename=raw,offset=512",
 	} {
 		same(t, append([]string{"measure"}, strings.Fields(line)...)...)
