@@ -2,6 +2,7 @@ package cli_test
 
 import (
 	"bytes"
+	"encoding/json"
 	"os"
 	"path/filepath"
 	"strings"
@@ -314,4 +315,91 @@ func sameOutput(t *testing.T, theirs, ours, name string) {
 	if diff := cmp.Diff(mapOf(t, theirs, l), mapOf(t, ours, l)); diff != "" {
 		t.Errorf("%s: map -qemu-img +qimg\n%s", name, diff)
 	}
+}
+
+// zooImage is what the expectations say of an image of the zoo.
+type zooImage struct {
+	Name   string
+	OpenOK bool `json:"open_ok"`
+	Secret string
+	Size   int64 `json:"virtual_size"`
+}
+
+// zooForms are what every image of the zoo is converted to.
+func zooForms() [][]string {
+	return [][]string{
+		{"-O", "raw"},
+		{"-O", "qcow2"},
+		{"-O", "qcow2", "-o", "compat=0.10"},
+		{"-O", "qcow2", "-c"},
+		{"-O", "qcow2", "-c", "-o", "compression_type=zstd"},
+		{"-O", "qcow2", "-c", "-o", "compat=0.10"},
+	}
+}
+
+// Every image of the zoo is converted as by qemu-img: the guest reads the same,
+// and the same is stored of it. Each run takes some of the forms for each image.
+func TestConvertZoo(t *testing.T) {
+	oracle.Require(t, "qemu-img")
+	zoo(t)
+	names, err := filepath.Glob("*.expected.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := os.Getenv("QIMG_ALL_FORMS") != ""
+	for i, name := range names {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var want zooImage
+		if err := json.Unmarshal(b, &want); err != nil {
+			t.Fatal(name, err)
+		}
+		if !want.OpenOK || want.Size > 64<<20 {
+			continue
+		}
+		for j, form := range zooForms() {
+			if all || (i+j)%len(zooForms()) == 0 {
+				t.Run(want.Name+" "+strings.Join(form[1:], " "), func(t *testing.T) { convertZoo(t, want, form) })
+			}
+		}
+	}
+}
+
+func convertZoo(t *testing.T, want zooImage, form []string) {
+	dir := t.TempDir()
+	source := []string{"-f", "qcow2", want.Name + ".qcow2"}
+	if want.Secret != "" {
+		source = []string{"--object", "secret,id=s,data=" + want.Secret, "--image-opts", "driver=qcow2,encrypt.key-secret=s,file.filename=" + want.Name + ".qcow2"}
+	}
+	convert := append(append([]string{"convert"}, form...), source...)
+	theirs, ours := filepath.Join(dir, "theirs"), filepath.Join(dir, "ours")
+	a, b := oracle.Run(t, "qemu-img", append(convert, theirs)...), run(t, append(convert, ours)...)
+	if a.Code != b.Code {
+		t.Fatalf("qemu-img: %v\nqimg: %v", a, b)
+	}
+	if a.Code != 0 {
+		t.Logf("qemu-img: %v\nqimg: %v", a, b)
+		return
+	}
+	if a != b {
+		t.Errorf("-qemu-img +qimg\n%s", cmp.Diff(a, b))
+	}
+	l := &layer{name: "theirs", format: form[1]}
+	m := &layer{name: "ours", format: form[1]}
+	sameGuest(t, theirs, ours, l.format)
+	if l.format == "qcow2" {
+		if r := oracle.Run(t, "qemu-img", "check", ours); r.Code != 0 {
+			t.Errorf("check: %v", r)
+		}
+	}
+	wd, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(mapOf(t, dir, l), mapOf(t, dir, m)); diff != "" {
+		t.Errorf("map -qemu-img +qimg\n%s", diff)
+	}
+	t.Chdir(wd)
 }
