@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"math"
 
 	"qimg/qcow2/blockdev"
 )
@@ -71,6 +72,10 @@ func (im *Image) lookup(off, limit int64) (run, error) {
 		return run{}, &FormatError{"l1 entry", im.l1Off + index*l1EntrySize, "l2 table offset",
 			fmt.Sprintf("%#x not aligned to %#x", l2Off, g.clusterSize), ErrCorrupt}
 	}
+	if im.shared.opts.RefuseTruncated && l2Off+g.clusterSize > im.dev.Size() {
+		return run{}, &FormatError{"l1 entry", im.l1Off + index*l1EntrySize, "l2 table offset",
+			fmt.Sprintf("%#x is beyond the end of the file at %#x: it is truncated", l2Off, im.dev.Size()), ErrCorrupt}
+	}
 	if l2Off >= im.dev.Size() && im.w == nil { // zeroes
 		return run{runUnallocated, min(limit, (index+1)<<g.l2Coverage()-off), -1, 0}, nil
 	}
@@ -81,6 +86,12 @@ func (im *Image) lookup(off, limit int64) (run, error) {
 		return run{}, fmt.Errorf("qcow2: l2 table at %#x: %w", l2Off, err)
 	}
 	r, bad := im.classify(table[inSlice:], off)
+	if bad == nil && r.kind == runData && limit > 0 {
+		if limit = min(limit, im.present(r.host)); limit == 0 {
+			bad = &FormatError{"l2 entry", -1, "cluster offset",
+				fmt.Sprintf("%#x: the file ends at %#x: it is truncated", r.host&^(g.clusterSize-1), im.data.Size()), ErrCorrupt}
+		}
+	}
 	if bad != nil {
 		bad.Off = l2Off + inTable
 		return run{}, bad
@@ -105,6 +116,15 @@ func (im *Image) lookup(off, limit int64) (run, error) {
 	}
 	r.n = min(limit, at-off)
 	return r, nil
+}
+
+// present returns how many bytes, in sectors, the data file has from host on,
+// where it is an error to read more.
+func (im *Image) present(host int64) int64 {
+	if !im.shared.opts.RefuseTruncated || im.data == nil {
+		return math.MaxInt64
+	}
+	return max(im.data.Size()-host, 0) &^ (sectorSize - 1)
 }
 
 // holeEnd returns the end of the run of empty L1 entries around off, or a place

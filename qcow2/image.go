@@ -57,6 +57,10 @@ type OpenOptions struct {
 	// Snapshot is the id or the name of a snapshot whose content is read in
 	// place of the active one; an id goes before a name. It cannot be written.
 	Snapshot string
+	// RefuseTruncated makes tables and clusters of the guest that lie beyond the
+	// end of their file an error that matches ErrCorrupt: the file is truncated.
+	// They read as zeroes otherwise, as in QEMU. It does not go with Write.
+	RefuseTruncated bool
 	// CacheSize bounds the L2 tables kept in memory for the whole chain, in
 	// bytes. 0 means 32 MiB.
 	CacheSize int64
@@ -220,6 +224,9 @@ func (s *shared) open(dev blockdev.Reader, ref reference, probed, write bool) (*
 	}
 	if im.l1, err = readTable(dev, im.l1Off, int64(l1Size)*l1EntrySize); err != nil {
 		return nil, fmt.Errorf("qcow2: l1 table at %#x: %w", im.l1Off, err)
+	}
+	if s.opts.RefuseTruncated && int64(len(im.l1)) < int64(l1Size)*l1EntrySize {
+		return nil, &FormatError{"l1 table", im.l1Off, "", fmt.Sprintf("of %d entries is beyond the end of the file at %#x: it is truncated", l1Size, dev.Size()), ErrCorrupt}
 	}
 	if err = im.unlock(ref.keySecret); err != nil {
 		return nil, err

@@ -482,12 +482,15 @@ func (w *worker) kernelCopy(p piece) (int64, error) {
 
 // read fills b with the source at off.
 func (w *worker) read(b []byte, off int64) error {
-	err := readFull(w.src, b, off)
-	if err == nil {
+	n, err := w.src.ReadAt(b, off)
+	if n == len(b) {
 		return nil
 	}
 	if w.opts.Salvage == nil {
-		return &ReadError{Off: off, Err: err}
+		if err == nil || err == io.EOF {
+			err = io.ErrUnexpectedEOF
+		}
+		return &ReadError{Off: off + int64(n), Err: err}
 	}
 	const sector = 512
 	for at := 0; at < len(b); at += sector {
