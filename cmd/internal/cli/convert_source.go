@@ -31,6 +31,7 @@ func (s *convertSources) close() {
 // error.
 func (o *convertOptions) openSources(ctx context.Context, names []string, output string) (*convertSources, error) {
 	s := &convertSources{}
+	o.source.complete = true
 	for _, name := range names {
 		img, err := o.openSource(ctx, s, name, output)
 		if err != nil {
@@ -53,7 +54,8 @@ func (o *convertOptions) openSource(ctx context.Context, s *convertSources, name
 		return o.readPipe(ctx, name, output)
 	}
 	open := o.source
-	open.chain, open.opened = true, func(path string) { s.files = append(s.files, path) }
+	open.chain = true
+	open.opened = func(path string) { s.files = append(s.files, path) }
 	chain := []string{""} // paths by depth
 	open.layer = func(b qcow2.BackingFile) bool {
 		open.opened(b.Path)

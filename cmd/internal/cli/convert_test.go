@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -346,7 +347,6 @@ func TestConvertZoo(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	all := os.Getenv("QIMG_ALL_FORMS") != ""
 	for i, name := range names {
 		b, err := os.ReadFile(name)
 		if err != nil {
@@ -356,11 +356,11 @@ func TestConvertZoo(t *testing.T) {
 		if err := json.Unmarshal(b, &want); err != nil {
 			t.Fatal(name, err)
 		}
-		if !want.OpenOK || want.Size > 64<<20 {
+		if !want.OpenOK || want.Size > 100<<20 {
 			continue
 		}
 		for j, form := range zooForms() {
-			if all || (i+j)%len(zooForms()) == 0 {
+			if (i+j)%len(zooForms()) == 0 {
 				t.Run(want.Name+" "+strings.Join(form[1:], " "), func(t *testing.T) { convertZoo(t, want, form) })
 			}
 		}
@@ -369,37 +369,67 @@ func TestConvertZoo(t *testing.T) {
 
 func convertZoo(t *testing.T, want zooImage, form []string) {
 	dir := t.TempDir()
-	source := []string{"-f", "qcow2", want.Name + ".qcow2"}
+	t.Chdir(oracle.Input(t, "zoo")) // names of data files and json: are relative to it
+	file := want.Name + ".qcow2"
+	source := []string{"-f", "qcow2", file}
 	if want.Secret != "" {
-		source = []string{"--object", "secret,id=s,data=" + want.Secret, "--image-opts", "driver=qcow2,encrypt.key-secret=s,file.filename=" + want.Name + ".qcow2"}
+		source = []string{"--object", "secret,id=s,data=" + want.Secret, "--image-opts", "driver=qcow2,encrypt.key-secret=s,file.filename=" + file}
 	}
-	convert := append(append([]string{"convert"}, form...), source...)
-	theirs, ours := filepath.Join(dir, "theirs"), filepath.Join(dir, "ours")
-	a, b := oracle.Run(t, "qemu-img", append(convert, theirs)...), run(t, append(convert, ours)...)
-	if a.Code != b.Code {
-		t.Fatalf("qemu-img: %v\nqimg: %v", a, b)
+	args := append(append([]string{"convert"}, form...), source...)
+	their, our := filepath.Join(dir, "theirs"), filepath.Join(dir, "ours")
+	theirs, ours := oracle.Run(t, "qemu-img", append(args, their)...), run(t, append(args, our)...)
+	damaged := strings.Contains(ours.Stderr, "it is truncated")
+	if damaged { // qemu-img takes what is not there for zeroes
+		if ours.Code != 1 || ours.Stdout != "" || slices.Contains(filesOf(t, dir), "ours") {
+			t.Errorf("%+v", ours)
+		}
+		ours = run(t, append(args, "--salvage", "-q", our)...)
 	}
-	if a.Code != 0 {
-		t.Logf("qemu-img: %v\nqimg: %v", a, b)
+	switch {
+	case theirs.Code != ours.Code:
+		t.Fatalf("qemu-img: %v\nqimg: %v", theirs, ours)
+	case theirs.Code != 0:
+		if got := filesOf(t, dir); slices.Contains(got, "ours") {
+			t.Errorf("files were left behind: %q", got)
+		}
 		return
 	}
-	if a != b {
-		t.Errorf("-qemu-img +qimg\n%s", cmp.Diff(a, b))
+	if diff := cmp.Diff(theirs, ours); diff != "" {
+		t.Errorf("-qemu-img +qimg\n%s", diff)
 	}
-	l := &layer{name: "theirs", format: form[1]}
-	m := &layer{name: "ours", format: form[1]}
-	sameGuest(t, theirs, ours, l.format)
-	if l.format == "qcow2" {
-		if r := oracle.Run(t, "qemu-img", "check", ours); r.Code != 0 {
+	sameGuest(t, their, our, form[1])
+	if form[1] == "qcow2" {
+		if r := oracle.Run(t, "qemu-img", "check", our); r.Code != 0 {
 			t.Errorf("check: %v", r)
 		}
 	}
-	wd, err := os.Getwd()
-	if err != nil {
-		t.Fatal(err)
+	if damaged {
+		return
 	}
-	if diff := cmp.Diff(mapOf(t, dir, l), mapOf(t, dir, m)); diff != "" {
+	a, b := mapOf(t, dir, &layer{name: "theirs", format: form[1]}), mapOf(t, dir, &layer{name: "ours", format: form[1]})
+	if form[1] == "raw" {
+		a, b = withFirstBlock(a), withFirstBlock(b)
+	}
+	if diff := cmp.Diff(a, b); diff != "" {
 		t.Errorf("map -qemu-img +qimg\n%s", diff)
 	}
-	t.Chdir(wd)
+}
+
+// withFirstBlock is the map of a raw image with data in its first block, which
+// QEMU writes when it creates a file.
+func withFirstBlock(runs []mapRun) []mapRun {
+	const block = 4096
+	if len(runs) == 0 || runs[0].Data || runs[0].Length < block {
+		return runs
+	}
+	out := []mapRun{{Length: block, Data: true}}
+	runs[0].Start, runs[0].Length = block, runs[0].Length-block
+	if runs[0].Length == 0 {
+		runs = runs[1:]
+		if len(runs) > 0 && runs[0].Data {
+			out[0].Length += runs[0].Length
+			runs = runs[1:]
+		}
+	}
+	return append(out, runs...)
 }

@@ -352,7 +352,9 @@ func (t *target) makeRaw(ctx context.Context, mode string, size int64) error {
 	switch {
 	case err != nil:
 	case t.out != nil:
-		err = t.dev.Truncate(size)
+		if err = t.dev.Truncate(size); err != nil {
+			err = fmt.Errorf("Could not resize file: %w", &ioError{err})
+		}
 	case size > t.dev.Size():
 		err = messagef("Cannot grow device files")
 	default:

@@ -43,6 +43,8 @@ type openOptions struct {
 	// opened, if set, is told the path of each file that is opened but for those
 	// that an image names.
 	opened func(path string)
+	// complete refuses to read what a truncated qcow2 image lacks.
+	complete bool
 	// snapshot, if set, is read in place of the active content.
 	snapshot string
 	// cacheSize bounds the tables in memory, in bytes; 0: what the library has.
