@@ -138,8 +138,11 @@ func copyImage(t *testing.T, dir, name string) {
 // change a copy in the same way.
 func TestZooWrite(t *testing.T) {
 	oracle.Require(t, "qemu-img", "qemu-io", "cp")
-	written := 0
+	seen, written := 0, 0
 	zoo(t, func(t *testing.T, path string, want expected) {
+		if seen++; slowBuild && seen%4 != 0 {
+			return
+		}
 		if !want.OpenOK || want.Secret != "" || *want.Size == 0 || *want.CheckRC == 2 {
 			return
 		}
@@ -194,7 +197,7 @@ func TestZooWrite(t *testing.T) {
 			}
 		}
 	})
-	if written < 90 && !t.Failed() {
+	if written < 90 && !slowBuild && !t.Failed() {
 		t.Errorf("%d images were written to, expected 90 at least", written)
 	}
 }

@@ -18,7 +18,7 @@ func TestFaults(t *testing.T) {
 			}
 			if *crashLong {
 				step = 1
-			} else if raceOn {
+			} else if slowBuild {
 				step *= 7
 			}
 			f := newFixture(t, v)

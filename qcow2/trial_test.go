@@ -487,13 +487,13 @@ func (tr *Trial) TryVerify(opts *blocktest.CrashOptions) (n int, err error) {
 		write := tr.opts.EveryWrite > 0 && n%tr.opts.EveryWrite == 0
 		repair := tr.opts.EveryWrite > 0 && n%tr.opts.EveryWrite == tr.opts.EveryWrite-1
 		oracle := tr.opts.EveryOracle > 0 && n%tr.opts.EveryOracle == 0
-		if err := tr.checkState(s.Devs, s.Mark.(*expectation).alts, write, oracle); err != nil {
-			return n, fmt.Errorf("state %d: %w\n%v", n, err, s)
-		}
 		if repair {
 			if err := tr.checkRepair(s.Devs, s.Mark.(*expectation).alts, n/tr.opts.EveryWrite); err != nil {
 				return n, fmt.Errorf("state %d: repair: %w\n%v", n, err, s)
 			}
+		}
+		if err := tr.checkState(s.Devs, s.Mark.(*expectation).alts, write, oracle); err != nil {
+			return n, fmt.Errorf("state %d: %w\n%v", n, err, s)
 		}
 	}
 	end := outcome{guest: tr.cur, rest: tr.now[len(tr.now)-1].rest}

@@ -1,0 +1,5 @@
+//go:build !race && !386
+
+package qcow2_test
+
+const slowBuild = false
