@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"syscall"
 
 	"qimg/cloudimg/formats"
 )
@@ -29,7 +30,7 @@ func (o *opening) openForeign(img, file *image, opts blockOptions, _ bool) error
 		fo.Format = img.format
 	}
 	if img.foreign, err = formats.New(ctx, img.dev, fo); err != nil {
-		return foreignError(img.format, err)
+		return foreignError(img.format, file.name, err)
 	}
 	img.closers = append(img.closers, img.foreign)
 	img.setName(file, map[string]any{})
@@ -50,7 +51,7 @@ func (h Host) tempDir() string {
 }
 
 // foreignError puts an error of opening an image in qemu-img's words.
-func foreignError(format string, err error) error {
+func foreignError(format, name string, err error) error {
 	if !errors.Is(err, formats.ErrFormat) {
 		return err
 	}
@@ -60,7 +61,7 @@ func foreignError(format string, err error) error {
 	case formats.VPC:
 		return messagef("invalid VPC image")
 	case formats.VHDX:
-		return messagef("Invalid argument")
+		return messagef("Could not open '%s': %s", name, strerror(syscall.EINVAL))
 	}
 	return err
 }
