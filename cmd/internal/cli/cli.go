@@ -87,6 +87,7 @@ func newRoot(host Host) *cobra.Command {
 	}
 	root.AddCommand(
 		newAmend(host),
+		newBench(host),
 		newBitmap(host),
 		newBuild(host),
 		newCheck(host),
