@@ -34,8 +34,8 @@ type convertOptions struct {
 	progress, quiet                            bool
 	bitmaps, skipBroken, salvage, targetIsZero bool
 
-	// -O, -B, -F, -S were given, maybe with empty values.
-	hasFormat, hasBacking, hasBackingFormat, hasSparse bool
+	// -O, -B, -F, -S, --compression-level were given, maybe with empty values.
+	hasFormat, hasBacking, hasBackingFormat, hasSparse, hasLevel bool
 }
 
 func newConvert(host Host) *cobra.Command {
@@ -60,6 +60,7 @@ func newConvert(host Host) *cobra.Command {
 			given := cmd.Flags().Changed
 			o.hasFormat, o.hasBacking = given("output-format"), given("backing")
 			o.hasBackingFormat, o.hasSparse = given("backing-format"), given("sparse")
+			o.hasLevel = given("compression-level")
 			return runConvert(cmd.Context(), &o, args)
 		},
 	}
@@ -177,9 +178,9 @@ func (o *convertOptions) check(args []string) error {
 		return messagef("-o has no effect when skipping image creation")
 	case o.targetIsZero && !o.noCreate:
 		return messagef("--target-is-zero requires use of -n flag")
-	case o.level != 0 && !o.compress:
+	case o.hasLevel && !o.compress:
 		return messagef("--compression-level requires -c")
-	case o.level < 0 || o.level > qcow2.MaxCompressionLevel:
+	case o.hasLevel && (o.level < 1 || o.level > qcow2.MaxCompressionLevel):
 		return messagef("Invalid compression level. It is between 1 and %d", qcow2.MaxCompressionLevel)
 	}
 	return nil

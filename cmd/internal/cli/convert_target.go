@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"syscall"
 
 	"qimg/qcow2"
 	"qimg/qcow2/blockdev"
@@ -105,6 +106,9 @@ func (t *convertTarget) open(ctx context.Context) (err error) {
 		return t.openExisting()
 	}
 	if err := t.begin(ctx); err != nil {
+		if errors.Is(err, syscall.ENOSPC) {
+			err = &ioError{err}
+		}
 		return prefixError(fmt.Sprintf("%s: error while converting %s", t.name, t.o.format), err)
 	}
 	if err := checkCache("cache", t.o.cache); err != nil {
