@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -12,11 +13,12 @@ import (
 
 // imageCase is a command that both programs have.
 type imageCase struct {
-	name  string
-	image string   // IMAGE in args is a copy of it, or, if it is "", a file to be made
-	args  []string // of both programs
-	qimg  []string // if they are others for qimg
-	calls int      // of qemu-img, N in args being their number; what they take is scaled to 1,000. 0: one, as it is
+	name    string
+	image   string   // IMAGE in args is a copy of it, or, if it is "", a file to be made
+	program string   // that is measured against; "": qemu-img
+	args    []string // of both programs
+	qimg    []string // if they are others for qimg
+	calls   int      // of qemu-img, N in args being their number; what they take is scaled to 1,000. 0: one, as it is
 }
 
 // benchImages measures the commands for images.
@@ -51,35 +53,51 @@ func benchImages(ctx context.Context, dir, qimg string, runs int, tree string) e
 		{name: "snapshot -c, 1,000 times (qemu-img: 20, scaled)", image: root,
 			args: []string{"snapshot", "-c", "sN", "IMAGE"}, qimg: []string{"snapshot", "--from", list, "IMAGE"}, calls: 20},
 	}
-	fmt.Printf("medians of %d pairs; ratios are qimg / qemu-img, pair by pair\n\n", runs)
-	fmt.Printf("| command | CPU qimg | CPU qemu-img | CPU ratio (min..max) | wall qimg | wall qemu-img | wall ratio (min..max) | peak MiB qimg | qemu-img |\n")
-	fmt.Printf("|---|---|---|---|---|---|---|---|---|\n")
+	printImageHeader(runs)
 	for _, c := range cases {
-		var a, b []sample
-		for i := range runs + 1 {
-			args := c.args
-			if c.qimg != nil {
-				args = c.qimg
-			}
-			x, err := c.run(ctx, dir, 1, qimg, args)
-			if err != nil {
-				return err
-			}
-			y, err := c.run(ctx, dir, max(c.calls, 1), "qemu-img", c.args)
-			if err != nil {
-				return err
-			}
-			if c.calls > 0 {
-				y = y.scaled(1000 / float64(c.calls))
-			}
-			if i > 0 { // the first pair warms up
-				a, b = append(a, x), append(b, y)
-			}
+		if err := c.bench(ctx, dir, qimg, runs); err != nil {
+			return err
 		}
-		fmt.Printf("| %s | %.3f s | %.3f s | %s | %.3f s | %.3f s | %s | %.0f | %.0f |\n", c.name,
-			median(a, cpu), median(b, cpu), ratio(a, b, cpu), median(a, wall), median(b, wall), ratio(a, b, wall),
-			median(a, peak), median(b, peak))
 	}
+	return nil
+}
+
+func printImageHeader(runs int) {
+	fmt.Printf("medians of %d pairs; ratios are qimg / the other, pair by pair\n\n", runs)
+	fmt.Printf("| command | CPU qimg | CPU qemu-img | CPU ratio (min..max) | wall qimg | wall qemu-img | wall ratio (min..max) | peak MiB qimg | qemu-img | image MiB qimg | qemu-img | ratio |\n")
+	fmt.Printf("|---|---|---|---|---|---|---|---|---|---|---|---|\n")
+}
+
+// bench measures both programs, in turn, and prints a line of the table.
+func (c *imageCase) bench(ctx context.Context, dir, qimg string, runs int) error {
+	ours, program := c.args, cmp.Or(c.program, "qemu-img")
+	if c.qimg != nil {
+		ours = c.qimg
+	}
+	var a, b []sample
+	for i := range runs + 1 {
+		x, err := c.run(ctx, dir, 1, qimg, ours)
+		if err != nil {
+			return err
+		}
+		y, err := c.run(ctx, dir, max(c.calls, 1), program, c.args)
+		if err != nil {
+			return err
+		}
+		if c.calls > 0 {
+			y = y.scaled(1000 / float64(c.calls))
+		}
+		if i > 0 { // the first pair warms up
+			a, b = append(a, x), append(b, y)
+		}
+	}
+	sizes := "| |"
+	if median(a, image) > 0 {
+		sizes = fmt.Sprintf("%.1f | %.1f | %.3f", median(a, image), median(b, image), median(a, image)/median(b, image))
+	}
+	fmt.Printf("| %s | %.3f s | %.3f s | %s | %.3f s | %.3f s | %s | %.0f | %.0f | %s |\n", c.name,
+		median(a, cpu), median(b, cpu), ratio(a, b, cpu), median(a, wall), median(b, wall), ratio(a, b, wall),
+		median(a, peak), median(b, peak), sizes)
 	return nil
 }
 
@@ -106,12 +124,16 @@ func (c *imageCase) run(ctx context.Context, dir string, calls int, program stri
 		if err != nil {
 			return sum, err
 		}
-		sum = sample{sum.cpu + s.cpu, sum.wall + s.wall, max(sum.peak, s.peak)}
+		sum = sample{cpu: sum.cpu + s.cpu, wall: sum.wall + s.wall, peak: max(sum.peak, s.peak)}
+	}
+	if fi, err := os.Stat(image); err == nil { // else it has made none
+		sum.image = fi.Size()
 	}
 	return sum, nil
 }
 
 // scaled is s with times that are k times as long.
 func (s sample) scaled(k float64) sample {
-	return sample{time.Duration(float64(s.cpu) * k), time.Duration(float64(s.wall) * k), s.peak}
+	s.cpu, s.wall = time.Duration(float64(s.cpu)*k), time.Duration(float64(s.wall)*k)
+	return s
 }
