@@ -171,11 +171,15 @@ type segment struct {
 // maxSegments bounds the segments of a piece.
 const maxSegments = 1024
 
+// compareUnit is what is compared at once of data that is not compressed, in
+// bytes: of both disks it stays in the cache of a processor.
+const compareUnit = 256 << 10
+
 // take appends the segments of the next piece to segs: one after the other, in
-// one unit of BufferSize. There are none at the end, and behind what was found.
+// one unit. There are none at the end, and behind what was found.
 // c.mu is held.
 func (c *comparer) take(ctx context.Context, segs []segment) []segment {
-	limit := c.size
+	limit, unit := c.size, int64(compareUnit)
 	for c.next < min(limit, c.stop) && len(segs) < maxSegments && c.ctxErr == nil {
 		if c.ctxErr = ctx.Err(); c.ctxErr != nil {
 			break
@@ -201,8 +205,14 @@ func (c *comparer) take(ctx context.Context, segs []segment) []segment {
 			c.dealt(n)
 			continue
 		}
+		compressed := e[0].Kind == blockdev.Compressed || e[1].Kind == blockdev.Compressed
 		if len(segs) == 0 {
-			limit = min(limit, c.next&^(BufferSize-1)+BufferSize)
+			if compressed {
+				unit = BufferSize // few clusters lie across the edges
+			}
+			limit = min(limit, c.next&^(unit-1)+unit)
+		} else if compressed && unit < BufferSize {
+			break
 		}
 		s := segment{c.next, min(n, limit-c.next), [2]bool{!e[0].Kind.ReadsZero(), !e[1].Kind.ReadsZero()}}
 		if i := len(segs) - 1; i >= 0 && segs[i].read == s.read {
