@@ -22,6 +22,9 @@ func TestCompareZoo(t *testing.T) {
 	files = slices.DeleteFunc(files, func(f string) bool { return f == "chain-loop.qcow2" || strings.HasPrefix(f, "huge-") })
 	identical := 0
 	for i, file := range files {
+		if testing.Short() && i%8 != 0 {
+			continue
+		}
 		lines := [][]string{{"compare", file, files[(i+1)%len(files)]}}
 		raw := filepath.Join(dir, file+".raw")
 		if oracle.Run(t, "qemu-img", "convert", "-O", "raw", file, raw).Code == 0 {
@@ -39,7 +42,7 @@ func TestCompareZoo(t *testing.T) {
 		}
 		os.Remove(raw)
 	}
-	if identical < 90 {
+	if identical < 90 && !testing.Short() {
 		t.Errorf("%d images are identical, expected more", identical)
 	}
 }
