@@ -210,6 +210,20 @@ func guestOps() []crashOp {
 			}
 		}
 	}
+	pack := func(at, n int64) func(tr *qcow2.Trial, c int64, salt byte) {
+		return func(tr *qcow2.Trial, c int64, salt byte) {
+			if h := tr.Image.Header(); h.CryptMethod != qcow2.CryptNone || h.IncompatibleFeatures&qcow2.IncompatDataFile != 0 {
+				return
+			}
+			b := noise(200+salt, int(n*c))
+			for i := range b {
+				if i%3 > 0 || i < int(c/2) { // some clusters are smaller than others
+					b[i] = 'x'
+				}
+			}
+			tr.Pack(at*c, b)
+		}
+	}
 	times := func(num, den int64) func(c int64) int64 { return func(c int64) int64 { return c * num / den } }
 	return []crashOp{
 		{"write clusters", write(plainAt, 0, times(2, 1))},
@@ -222,6 +236,8 @@ func guestOps() []crashOp {
 		{"write without a table", write(emptyTableAt, 10, times(1, 1))},
 		{"write many", write(emptyTableAt, 0, func(c int64) int64 { return min(60*c, 64<<10) })},
 		{"write the end", write(fixtureClusters-1, 0, func(c int64) int64 { return c - 512 })},
+		{"pack clusters", pack(plainAt+2, 5)},
+		{"pack across", pack(mixedAt-2, 9)},
 		{"zero data", func(tr *qcow2.Trial, c int64, _ byte) { tr.Zero(plainAt*c+100, 2*c) }},
 		{"zero compressed", func(tr *qcow2.Trial, c int64, _ byte) { tr.Zero((compressedAt+1)*c, c) }},
 		{"zero across", func(tr *qcow2.Trial, c int64, _ byte) { tr.Zero(mixedAt*c, 6*c) }},

@@ -61,6 +61,8 @@ type OpenOptions struct {
 	// end of their file an error that matches ErrCorrupt: the file is truncated.
 	// They read as zeroes otherwise, as in QEMU. It does not go with Write.
 	RefuseTruncated bool
+	// CompressionLevel is that of WriteCompressed; see WriterOptions.
+	CompressionLevel int
 	// CacheSize bounds the L2 tables kept in memory for the whole chain, in
 	// bytes. 0 means 32 MiB.
 	CacheSize int64
@@ -109,6 +111,12 @@ type Image struct {
 	// nil in others, and mu unused.
 	mu sync.RWMutex
 	w  *writeState
+
+	packer struct { // of WriteCompressed
+		once sync.Once
+		c    *compressor
+		err  error
+	}
 
 	dev     blockdev.Reader // the image file
 	data    blockdev.Reader // where guest clusters lie; nil if it is not opened

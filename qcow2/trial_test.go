@@ -302,6 +302,12 @@ func (tr *Trial) Write(off int64, p []byte) {
 	})
 }
 
+// Pack writes guest data, whole clusters, compressed.
+func (tr *Trial) Pack(off int64, p []byte) {
+	tr.t.Helper()
+	tr.change(fmt.Sprintf("pack %d+%d", off, len(p)), off, p, false, func() error { return tr.Image.WriteCompressed(p, off) })
+}
+
 // Zero makes guest data zeroes.
 func (tr *Trial) Zero(off, n int64) {
 	tr.t.Helper()

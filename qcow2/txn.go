@@ -66,6 +66,7 @@ func (im *Image) start(ctx context.Context) (*txn, error) {
 	if err := im.flush(); err != nil {
 		return nil, im.fail(err)
 	}
+	im.w.packed = 0
 	h := im.header
 	h.Extensions = slices.Clone(h.Extensions)
 	h.AutoclearFeatures &= AutoclearBitmaps | AutoclearDataFileRaw

@@ -28,6 +28,9 @@ type writeState struct {
 	dirtyL1 map[int64]bool
 	// frees are references that are given up when L2 entries are on disk.
 	frees []freedRange
+	// packed is the end of the last compressed cluster that was written, whose
+	// host cluster has room for more; a multiple of the cluster size: there is none.
+	packed int64
 
 	unsynced bool           // something was written since the last flush
 	prepared bool           // the image says that it is being written
@@ -487,6 +490,9 @@ func (im *Image) flush() error {
 	// What is no longer the guest's.
 	frees := w.frees
 	w.frees = nil
+	if len(frees) > 0 {
+		w.packed = 0 // what lies there may be given up
+	}
 	for _, f := range frees {
 		if err := im.release(f); err != nil {
 			return err

@@ -890,11 +890,10 @@ func (o *orderedWriter) place(c content) error {
 	case c.kind == contentCompressed:
 		n := int64(len(c.data))
 		off := o.alloc.bytes(n)
-		sectors := (off+n-1)/compressedSectorSize - off/compressedSectorSize
-		if off>>g.csizeShift != 0 {
-			return fmt.Errorf("qcow2: compressed cluster at %#x of the file: the format has %d bits for the offset: %w", off, g.csizeShift, ErrLimit)
+		var err error
+		if entry, err = g.compressedEntry(off, n); err != nil {
+			return err
 		}
-		entry = oflagCompressed | uint64(sectors)<<g.csizeShift | uint64(off)
 		if err := o.put(off, c.data); err != nil {
 			return err
 		}

@@ -1,0 +1,153 @@
+package qcow2
+
+import "fmt"
+
+// WriteCompressed writes p, whole clusters, at off, and stores them compressed
+// where that makes them smaller; those of zeroes are marked as WriteZeroes does.
+// The last cluster of the disk may be shorter. It cannot be done to an encrypted
+// image, nor to one with an external data file: the error matches
+// ErrUnsupported.
+//
+// Clusters are compressed in the goroutine of the caller, so that several can
+// work side by side. OpenOptions.CompressionLevel says how hard. Order: as
+// WriteAt.
+func (im *Image) WriteCompressed(p []byte, off int64) error {
+	g := &im.geo
+	mask := g.clusterSize - 1
+	switch end := off + int64(len(p)); {
+	case off&mask != 0 || end&mask != 0 && end != im.Size():
+		return fmt.Errorf("qcow2: compressed write of %d bytes at %#x: expected multiples of %#x", len(p), off, g.clusterSize)
+	case g.dataFile || im.header.CryptMethod != CryptNone:
+		return fmt.Errorf("qcow2: compressed write to an image that is encrypted, or has an external data file: %w", ErrUnsupported)
+	}
+	for len(p) > 0 {
+		part := p[:min(int64(len(p)), g.clusterSize)]
+		if err := im.compressCluster(part, off); err != nil {
+			return err
+		}
+		p, off = p[len(part):], off+int64(len(part))
+	}
+	return nil
+}
+
+// compressCluster compresses p, a cluster or its part before the end of the disk,
+// and places it.
+func (im *Image) compressCluster(p []byte, off int64) error {
+	var packed *[]byte
+	zero := isZero(p)
+	if !zero {
+		c, err := im.compressor()
+		if err != nil {
+			return err
+		}
+		whole := p
+		if short := im.geo.clusterSize - int64(len(p)); short > 0 {
+			whole = append(append(make([]byte, 0, im.geo.clusterSize), p...), make([]byte, short)...)
+		}
+		if packed, err = c.compress(whole); err != nil {
+			return err
+		}
+		if packed != nil {
+			defer c.buffers.Put(packed)
+		}
+	}
+	return im.change("write compressed", off, int64(len(p)), func() (err error) {
+		switch {
+		case zero:
+			return im.zeroGuest(off, int64(len(p)))
+		case packed == nil:
+			_, err = im.writeGuest(p, off)
+			return err
+		}
+		return im.placeCompressed(*packed, off)
+	})
+}
+
+// compressor returns what compresses the clusters of the image.
+func (im *Image) compressor() (*compressor, error) {
+	p := &im.packer
+	p.once.Do(func() {
+		p.c, p.err = newCompressor(im.header.CompressionType, im.shared.opts.CompressionLevel, im.geo.clusterSize)
+	})
+	return p.c, p.err
+}
+
+// placeCompressed stores a compressed cluster.
+func (im *Image) placeCompressed(b []byte, off int64) error {
+	if err := im.relieve(); err != nil {
+		return err
+	}
+	at, err := im.l2ForWrite(off)
+	if err != nil {
+		return err
+	}
+	old, _ := im.entry(at)
+	if _, bad := im.classify(at.slice[at.at:], off); bad != nil {
+		bad.Off = at.off + at.at
+		return bad
+	}
+	host, err := im.allocBytes(int64(len(b)))
+	if err != nil {
+		return err
+	}
+	entry, err := im.geo.compressedEntry(host, int64(len(b)))
+	if err != nil {
+		return err
+	}
+	im.w.unsynced = true
+	if _, err := im.w.dev.WriteAt(b, host); err != nil {
+		return err
+	}
+	im.freeEntry(old, false)
+	im.set(at, entry, 0)
+	return nil
+}
+
+// allocBytes returns the place of n bytes, at most a cluster, and counts a
+// reference to each cluster that they lie in: behind those before, if there is
+// room.
+func (im *Image) allocBytes(n int64) (int64, error) {
+	g, w := &im.geo, im.w
+	room := func() int64 { return -w.packed & (g.clusterSize - 1) }
+	share := func() (bool, error) {
+		if room() == 0 {
+			return false, nil
+		}
+		refs, err := w.alloc.get(w.packed >> g.clusterBits)
+		return err == nil && refs < w.alloc.maxRefcount(), err
+	}
+	host := w.packed
+	ok, err := share()
+	if err != nil {
+		return 0, err
+	}
+	if !ok || n > room() {
+		c, _, err := w.alloc.alloc(1, 1)
+		if err != nil {
+			return 0, err
+		}
+		next := c << g.clusterBits
+		if ok, err = share(); err != nil { // the allocation may have flushed
+			return 0, err
+		}
+		if host = w.packed; !ok || host+room() != next {
+			host, ok = next, false
+		}
+	}
+	if ok {
+		if err := w.alloc.add(host>>g.clusterBits, 1); err != nil {
+			return 0, err
+		}
+	}
+	w.packed = host + n
+	return host, nil
+}
+
+// compressedEntry is the L2 entry of n compressed bytes at off.
+func (g *geometry) compressedEntry(off, n int64) (uint64, error) {
+	if off>>g.csizeShift != 0 {
+		return 0, fmt.Errorf("qcow2: compressed cluster at %#x of the file: the format has %d bits for the offset: %w", off, g.csizeShift, ErrLimit)
+	}
+	sectors := (off+n-1)/compressedSectorSize - off/compressedSectorSize
+	return oflagCompressed | uint64(sectors)<<g.csizeShift | uint64(off), nil
+}
