@@ -290,6 +290,24 @@ func TestConvertSelf(t *testing.T) {
 	}
 }
 
+// -n with -c writes what is there anew, also where the input ends in the middle of
+// a cluster, which qemu-img refuses.
+func TestConvertCompressInto(t *testing.T) {
+	oracle.Require(t, "qemu-img", "qemu-io")
+	t.Chdir(t.TempDir())
+	disk := randomFile(t, "disk", 1<<20+5000)
+	oracle.MustRun(t, "qemu-img", "create", "-q", "-f", "qcow2", "out", "2M")
+	oracle.MustRun(t, "qemu-io", "-c", "write -P 7 0 2M", "out")
+	oracle.MustRun(t, "qemu-img", "snapshot", "-c", "before", "out")
+	mustRun(t, "convert", "-f", "raw", "-n", "-c", "--compression-level", "9", "-O", "qcow2", "disk", "out")
+	if r := oracle.Run(t, "qemu-img", "check", "out"); r.Code != 0 || !strings.Contains(r.Stdout, "% compressed") {
+		t.Errorf("check: %+v", r)
+	}
+	padded := append(disk, make([]byte, 512-5000%512)...)
+	writeFile(t, "want", string(append(padded, bytes.Repeat([]byte{7}, 2<<20-len(padded))...)))
+	sameGuestAs(t, "raw", "want", "qcow2", "out")
+}
+
 func TestConvertProgress(t *testing.T) {
 	t.Chdir(t.TempDir())
 	randomFile(t, "disk", 4<<20)

@@ -237,7 +237,7 @@ func (t *convertTarget) openExisting() error {
 		return err
 	}
 	open := &openOptions{format: o.format, hasFormat: o.hasFormat || !o.targetOpts, imageOpts: o.targetOpts,
-		chain: true, write: true, secrets: o.source.secrets, host: o.host}
+		chain: true, write: true, level: o.level, secrets: o.source.secrets, host: o.host}
 	img, err := openImage(t.name, open)
 	if err != nil {
 		return couldNotOpen(t.name, err)
@@ -258,8 +258,6 @@ func (t *convertTarget) openExisting() error {
 		return messagef("Compression not supported for this file format")
 	case img.size() < t.size:
 		return messagef("output file is smaller than input file")
-	case o.compress:
-		return errors.New("clusters of an image that exists cannot be compressed: only a new image can")
 	}
 	return nil
 }
@@ -328,6 +326,8 @@ func (t *convertTarget) device() (transfer.Target, error) {
 		return t.made, nil
 	case t.existing == nil:
 		return t.files.image.dev, nil
+	case t.existing.qcow2 != nil && t.o.compress:
+		return compressedTarget{t.existing.qcow2}, nil
 	case t.existing.qcow2 != nil:
 		return t.existing.qcow2, nil
 	}
@@ -337,6 +337,34 @@ func (t *convertTarget) device() (transfer.Target, error) {
 	}
 	return dev, nil
 }
+
+// compressedTarget is an image that exists, whose clusters are written
+// compressed.
+type compressedTarget struct{ im *qcow2.Image }
+
+func (t compressedTarget) Size() int64 { return t.im.Size() }
+
+func (t compressedTarget) Granularity() int64 {
+	h := t.im.Header()
+	return h.ClusterSize()
+}
+
+// WriteAt writes a part of a cluster as it is: the inputs can end in the middle
+// of one.
+func (t compressedTarget) WriteAt(p []byte, off int64) (int, error) {
+	whole := len(p)
+	if off+int64(len(p)) < t.im.Size() {
+		whole -= whole % int(t.Granularity())
+	}
+	if err := t.im.WriteCompressed(p[:whole], off); err != nil {
+		return 0, err
+	}
+	n, err := t.im.WriteAt(p[whole:], off+int64(whole))
+	return whole + n, err
+}
+
+func (t compressedTarget) WriteZeroes(off, n int64) error { return t.im.WriteZeroes(off, n) }
+func (t compressedTarget) Skip(_, _ int64) error          { return nil }
 
 // forBitmaps returns the output as an image whose bitmaps can be changed, and
 // what is to be called then.

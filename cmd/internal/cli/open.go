@@ -49,8 +49,11 @@ type openOptions struct {
 	snapshot string
 	// cacheSize bounds the tables in memory, in bytes; 0: what the library has.
 	cacheSize int64
-	secrets   *secrets
-	host      Host // for warnings
+	// level is that of clusters that are written compressed; 0: what the library
+	// has.
+	level   int
+	secrets *secrets
+	host    Host // for warnings
 }
 
 // image is an image that is open.

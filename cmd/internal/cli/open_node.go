@@ -225,7 +225,7 @@ func (o *opening) openQcow2(img, file *image, opts blockOptions, noBacking bool)
 		img.setName(file, strong)
 		return nil
 	}
-	qo := &qcow2.OpenOptions{Write: o.write && !o.damaged, ForceShare: o.forceShare, Backing: qcow2.BackingIgnore, Snapshot: o.snapshot, CacheSize: o.cacheSize, RefuseTruncated: o.complete}
+	qo := &qcow2.OpenOptions{Write: o.write && !o.damaged, ForceShare: o.forceShare, Backing: qcow2.BackingIgnore, Snapshot: o.snapshot, CacheSize: o.cacheSize, RefuseTruncated: o.complete, CompressionLevel: o.level}
 	if o.chain {
 		qo.Backing, qo.WriteBacking = qcow2.BackingFollow, o.layer
 		qo.Secret = func(r qcow2.SecretRequest) ([]byte, error) {
