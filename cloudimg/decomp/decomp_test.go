@@ -290,3 +290,12 @@ func (f failing) ReadAt(p []byte, off int64) (int, error) {
 	}
 	return f.Reader.ReadAt(p, off)
 }
+
+// TestSeeds has the inputs of the fuzz tests be valid.
+func TestSeeds(t *testing.T) {
+	for i, b := range seeds(t) {
+		if len(content(t, b)) == 0 {
+			t.Errorf("seed %d is empty", i)
+		}
+	}
+}
