@@ -260,7 +260,11 @@ func (m *modelDisk) want(to *modelTarget, keep func(blockdev.Extent) bool) []byt
 func TestCopyModel(t *testing.T) {
 	for name, target := range modelTargets {
 		t.Run(name, func(t *testing.T) {
-			for seed := range uint64(40) {
+			seeds := uint64(40)
+			if testing.Short() {
+				seeds = 6
+			}
+			for seed := range seeds {
 				r := rand.New(rand.NewPCG(seed, 1))
 				size := 512 * (1 + r.Int64N(6<<10))
 				if seed == 0 {
