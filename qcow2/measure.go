@@ -8,8 +8,8 @@ import (
 )
 
 // Measurement is how large the file of a new image gets, in bytes. Sizes are
-// those of qemu-img measure: an image that is written by QEMU or by Writer is not
-// larger, unless its header with all names takes more than a cluster.
+// those of qemu-img measure: an image of Writer or Create is not larger, but for
+// an encrypted one, whose refcounts of the encryption header are not counted.
 type Measurement struct {
 	// Required is the size with the content that was measured, where nothing
 	// is compressed. The tables are those of the whole disk.
