@@ -2,6 +2,8 @@ package cli_test
 
 import (
 	"encoding/binary"
+	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -136,5 +138,24 @@ func TestCompareReadError(t *testing.T) {
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("%q: -qemu-img +qimg\n%s", args, diff)
 		}
+	}
+}
+
+// TestCompareRandom compares and measures the layers of random chains.
+func TestCompareRandom(t *testing.T) {
+	oracle.Require(t, "qemu-img", "qemu-io")
+	for seed := range uint64(6) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			t.Chdir(t.TempDir())
+			r := rand.New(rand.NewPCG(seed, 6))
+			chain := randomChain(t, r)
+			top := chain[len(chain)-1].name
+			oracle.MustRun(t, "qemu-img", "convert", "-O", []string{"raw", "qcow2"}[r.IntN(2)], top, "flat")
+			for _, l := range append(chain, &layer{name: "flat"}) {
+				same(t, "compare", top, l.name)
+				same(t, "compare", "-s", l.name, top)
+				same(t, "measure", "-O", "qcow2", "-o", fmt.Sprintf("cluster_size=%d", 512<<r.IntN(13)), l.name)
+			}
+		})
 	}
 }

@@ -113,6 +113,10 @@ func (d *guestDisk) status(x *blockdev.Extent) (s blockStatus) {
 		s |= statusEnd
 	}
 	if x.Kind == blockdev.Unallocated {
+		// The layer that holds nothing tells of its own end.
+		if im := d.chain[x.Depth].im; im != nil && x.Off+x.Len == im.Size() {
+			s |= statusEnd
+		}
 		return s | statusZero
 	}
 	if x.Kind == blockdev.Zero {
