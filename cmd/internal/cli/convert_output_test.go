@@ -2,6 +2,7 @@ package cli_test
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -371,6 +372,28 @@ func TestConvertKill(t *testing.T) {
 	t.Logf("%d as before, %d complete", left, complete)
 	if left == 0 {
 		t.Error("none was killed in time")
+	}
+}
+
+// A convert that is interrupted says so, and leaves what was there before.
+func TestConvertInterrupt(t *testing.T) {
+	dir := t.TempDir()
+	t.Chdir(dir)
+	randomFile(t, "disk", 2<<20)
+	writeFile(t, "out", "old content")
+	for _, args := range []string{"-O raw disk out", "-O qcow2 disk out", "-O qcow2 -c disk out", "-O qcow2 -o preallocation=metadata disk out", "disk -"} {
+		ctx, cancel := context.WithCancel(t.Context())
+		time.AfterFunc(50*time.Millisecond, cancel)
+		r := runAs(t, ctx, nil, append([]string{"qimg", "convert", "-f", "raw", "-r", "1M"}, strings.Fields(args)...)...)
+		if r.Code != 130 || r.Stderr != "qimg: interrupted\n" {
+			t.Errorf("%s: exit %d, %q", args, r.Code, r.Stderr)
+		}
+	}
+	if b, err := os.ReadFile("out"); err != nil || string(b) != "old content" {
+		t.Errorf("the old file: %d bytes, %v", len(b), err)
+	}
+	if got := filesOf(t, dir); len(got) != 2 {
+		t.Errorf("files were left behind: %q", got)
 	}
 }
 

@@ -271,7 +271,20 @@ func TestConvert(t *testing.T) {
 			for i := range args {
 				args[i] = strings.ReplaceAll(args[i], "''", "")
 			}
-			theirs, ours := both(t, dir, args...)
+			theirs, ours := t.TempDir(), t.TempDir()
+			for _, to := range []string{theirs, ours} {
+				if strings.HasPrefix(line, "-n") || strings.Contains(line, " -n ") {
+					copyDir(t, dir, to) // one of them is written
+				} else {
+					linkDir(t, dir, to)
+				}
+			}
+			t.Chdir(theirs)
+			want := oracle.Run(t, "qemu-img", args...)
+			t.Chdir(ours)
+			if diff := cmp.Diff(want, run(t, args...)); diff != "" {
+				t.Fatalf("-qemu-img +qimg\n%s", diff)
+			}
 			for _, name := range filesOf(t, ours) {
 				sameOutput(t, theirs, ours, name)
 			}
@@ -279,9 +292,24 @@ func TestConvert(t *testing.T) {
 	}
 }
 
+// linkDir gives the files of a folder names in another.
+func linkDir(t *testing.T, from, to string) {
+	t.Helper()
+	for _, name := range filesOf(t, from) {
+		if err := os.Link(filepath.Join(from, name), filepath.Join(to, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // sameOutput compares a file that both programs have made or changed.
 func sameOutput(t *testing.T, theirs, ours, name string) {
 	t.Helper()
+	x, errX := os.Stat(filepath.Join(theirs, name))
+	y, errY := os.Stat(filepath.Join(ours, name))
+	if errX == nil && errY == nil && os.SameFile(x, y) {
+		return // an input
+	}
 	a, err := os.ReadFile(filepath.Join(theirs, name))
 	if err != nil {
 		t.Error(err)
@@ -297,11 +325,9 @@ func sameOutput(t *testing.T, theirs, ours, name string) {
 	t.Chdir(ours)
 	info := headerText(t, theirs, name)
 	if strings.Contains(info, "encrypted: yes") {
-		if err := os.WriteFile("theirs", a, 0o666); err != nil {
-			t.Fatal(err)
-		}
-		opts := "encrypt.key-secret=s,file.filename="
-		r := oracle.Run(t, "qemu-img", "compare", "--object", "secret,id=s,file=key", "--image-opts", opts+"theirs", opts+name)
+		// Those are all of snap.qcow2; it takes a second to open one.
+		r := oracle.Run(t, "qemu-img", "compare", "--object", "secret,id=s,file=key", "--image-opts",
+			"encrypt.key-secret=s,file.filename="+name, "file.filename=snap.qcow2")
 		if r.Code != 0 {
 			t.Errorf("%s: compare: %v", name, r)
 		}

@@ -353,7 +353,7 @@ func (t *target) makeRaw(ctx context.Context, mode string, size int64) error {
 	case err != nil:
 	case t.out != nil:
 		if err = t.dev.Truncate(size); err != nil {
-			err = fmt.Errorf("Could not resize file: %w", &ioError{err})
+			err = messagef("Could not resize file: %w", &ioError{err})
 		}
 	case size > t.dev.Size():
 		err = messagef("Cannot grow device files")
