@@ -52,7 +52,7 @@ func newCompare(host Host) *cobra.Command {
 	o.open.addFlags(f, host)
 	o.open.addForceShare(f)
 	f.Lookup("object").Value = &compareObject{o.open.secrets}
-	f.Lookup("format").Usage = "format of the first image: raw or qcow2 (default: found by its first bytes)"
+	f.Lookup("format").Usage = "format of the first image (default: found by its first bytes)"
 	f.StringVarP(&o.format, "second-format", "F", "", "format of the second image")
 	f.StringVarP(&o.cache, "source-cache", "T", "writeback", "cache mode, for qemu-img's sake: it changes nothing")
 	f.BoolVarP(&o.strict, "strict", "s", false, "the sizes, and where data is allocated, have to be the same too")
