@@ -367,8 +367,18 @@ func (w *Writer) writeZeroes(off, n int64) error {
 	return nil
 }
 
-// WriteSparse implements blockdev.SparseWriter for whole clusters, of the piece
-// and of its data.
+// DataGranularity returns what offset and length of the data in WriteSparse have
+// to be multiples of: Granularity, but the size of a subcluster where there are
+// extended L2 entries and clusters are written in order and as they are.
+func (w *Writer) DataGranularity() int64 {
+	if w.ordered != nil && w.ordered.subclusters {
+		return 1 << w.geo.subBits
+	}
+	return w.Granularity()
+}
+
+// WriteSparse implements blockdev.SparseWriter for whole clusters, of the piece;
+// for its data see DataGranularity.
 func (w *Writer) WriteSparse(p []byte, off int64, data []blockdev.Range) error {
 	if err := w.usable(); err != nil {
 		return err
@@ -385,7 +395,7 @@ func (w *Writer) writeSparse(p []byte, off int64, data []blockdev.Range) error {
 		if r.Off < at || r.Len <= 0 || r.Len > end-r.Off {
 			return fmt.Errorf("qcow2: write of %d bytes at %#x: data of %d bytes at %#x is out of order", len(p), off, r.Len, r.Off)
 		}
-		if err := w.check(r.Off, r.Len); err != nil {
+		if err := w.checkUnits(r.Off, r.Len, w.DataGranularity()); err != nil {
 			return err
 		}
 		at = r.Off + r.Len
@@ -426,11 +436,13 @@ func (w *Writer) skip(off, n int64) error {
 }
 
 // check checks a guest range that is to be written.
-func (w *Writer) check(off, n int64) error {
+func (w *Writer) check(off, n int64) error { return w.checkUnits(off, n, w.Granularity()) }
+
+func (w *Writer) checkUnits(off, n, unit int64) error {
 	if off < 0 || n < 0 || n > w.Size()-off {
 		return fmt.Errorf("qcow2: write of %d bytes at %#x: image ends at %#x: %w", n, off, w.Size(), ErrNotPlanned)
 	}
-	if mask := w.Granularity() - 1; off&mask != 0 || n&mask != 0 && off+n != w.Size() {
+	if mask := unit - 1; off&mask != 0 || n&mask != 0 && off+n != w.Size() {
 		return fmt.Errorf("qcow2: write of %d bytes at %#x: expected multiples of %#x", n, off, mask+1)
 	}
 	return nil
@@ -522,6 +534,9 @@ type orderedWriter struct {
 	// direct: clusters are written by the caller, and tables by themselves, in
 	// place of all in a row.
 	direct bool
+	// subclusters: what is zeroes in a cluster, with extended L2 entries, has no
+	// place.
+	subclusters bool
 
 	mu     sync.Mutex
 	turn   sync.Cond         // next has changed, or the Writer has failed
@@ -559,6 +574,7 @@ func newOrderedWriter(w *Writer, opts *WriterOptions) (*orderedWriter, error) {
 	if !o.direct {
 		o.out = make([]byte, 0, max(tableBuffer, 2*w.geo.clusterSize))
 	}
+	o.subclusters = o.direct && w.geo.extended
 	o.turn.L = &o.mu
 	if !opts.InOrder {
 		o.next = w.plan.from(0)
@@ -628,6 +644,9 @@ func (o *orderedWriter) writeSparse(p []byte, off int64, data []blockdev.Range) 
 	}
 	g := &o.w.geo
 	runs, err := o.take(off>>g.clusterBits, g.clusters(int64(len(p))), func() ([]hostRun, error) {
+		if o.subclusters {
+			return o.placeSubclusters(off, off+int64(len(p)), data)
+		}
 		var runs []hostRun
 		at := off
 		for _, r := range data {
@@ -728,6 +747,52 @@ func (o *orderedWriter) placeData(runs []hostRun, r blockdev.Range) ([]hostRun, 
 		}
 		runs = append(runs, hostRun{first << g.clusterBits, at, next - at})
 		at = next
+	}
+	return runs, nil
+}
+
+// placeSubclusters gives the clusters from off to end that hold some of data
+// places, for the subclusters that do.
+func (o *orderedWriter) placeSubclusters(off, end int64, data []blockdev.Range) (runs []hostRun, err error) {
+	g := &o.w.geo
+	for next := off; off < end; off = next {
+		next = min(off+g.clusterSize, end)
+		cluster := off >> g.clusterBits
+		if len(data) == 0 || data[0].Off >= next {
+			if err := o.placeNothing(contentZero, cluster, 1); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		if err := o.beginL2(cluster); err != nil {
+			return nil, err
+		}
+		host := o.alloc.clusters(1) << g.clusterBits
+		var bitmap uint64
+		for len(data) > 0 && data[0].Off < next {
+			lo, hi := max(data[0].Off, off), min(data[0].Off+data[0].Len, next)
+			bitmap |= g.subclusters(lo-off, hi-off)
+			r := hostRun{host + lo - off, lo, hi - lo}
+			if i := len(runs) - 1; i >= 0 && runs[i].host+runs[i].n == r.host && runs[i].off+runs[i].n == r.off {
+				runs[i].n += r.n
+			} else {
+				runs = append(runs, r)
+			}
+			if data[0].Off+data[0].Len > next {
+				break
+			}
+			data = data[1:]
+		}
+		if o.w.header.BackingFile != "" {
+			bitmap |= (^bitmap & subclusterAllocMask) << 32
+		}
+		o.setL2(cluster, uint64(host)|oflagCopied, bitmap)
+		if err := o.placeBlocks(); err != nil {
+			return nil, err
+		}
+		if err := o.reserve(o.alloc.next); err != nil {
+			return nil, err
+		}
 	}
 	return runs, nil
 }

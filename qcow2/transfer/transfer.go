@@ -37,6 +37,10 @@ type Skipper interface {
 	Granularity() int64
 }
 
+// blockTarget is a Skipper that takes smaller units of data in WriteSparse, as
+// qcow2.Writer does with extended L2 entries.
+type blockTarget interface{ DataGranularity() int64 }
+
 const (
 	// DefaultSparse is the shortest run of zeroes that is looked for in data,
 	// that of qemu-img.
@@ -136,6 +140,7 @@ type copier struct {
 	skipper Skipper
 	copies  blockdev.RangeCopier // nil: no kernel copies
 	grain   int64                // units of the target; 1: any
+	block   int64                // units of the data in WriteSparse
 	buffer  int64                // bytes of a worker's buffer, whole units
 	start   time.Time
 
@@ -169,6 +174,10 @@ func newCopier(dst Target, src blockdev.Reader, opts *Options) (*copier, error) 
 	c.skipper, _ = dst.(Skipper)
 	if c.skipper != nil {
 		c.grain = max(c.grain, c.skipper.Granularity())
+	}
+	c.block = c.grain
+	if b, ok := dst.(blockTarget); ok {
+		c.block = b.DataGranularity()
 	}
 	if c.grain > BufferSize*2 || c.grain&(c.grain-1) != 0 {
 		return nil, fmt.Errorf("the target is written in units of %d bytes, at most %d are expected", c.grain, 2*BufferSize)
@@ -399,7 +408,7 @@ func (w *worker) copy(p piece) error {
 	default:
 		// As in qemu-img, the run is also the unit in which data is written.
 		unit := int64(1) << (bits.Len64(uint64(w.opts.Sparse)) - 1)
-		w.data = dataRanges(w.data[:0], b, p.off, min(max(unit, w.grain), w.buffer), w.opts.Sparse)
+		w.data = dataRanges(w.data[:0], b, p.off, min(max(unit, w.block), w.buffer), w.opts.Sparse)
 	}
 	if err := w.await(start); err != nil {
 		return err
