@@ -107,7 +107,7 @@ func (failingReader) Read([]byte) (int, error) { return 0, fmt.Errorf("no such l
 func TestConvertSameBytes(t *testing.T) {
 	t.Chdir(t.TempDir())
 	randomFile(t, "disk", 5<<20)
-	for _, form := range []string{"-O qcow2", "-O qcow2 -c", "-O qcow2 -c -o compression_type=zstd", "-O qcow2 -o cluster_size=4k,refcount_bits=64"} {
+	for _, form := range []string{"-O qcow2", "-O qcow2 -c", "-O qcow2 -c -o compression_type=zstd", "-O qcow2 -o cluster_size=4k,refcount_bits=64", "-O qcow2 -o extended_l2=on"} {
 		var first []byte
 		for _, workers := range []string{"1", "2", "5", "16"} {
 			mustRun(t, append(strings.Fields("convert -f raw -m "+workers+" "+form), "disk", "out")...)
