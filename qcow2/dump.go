@@ -8,6 +8,7 @@ import (
 	"math"
 
 	"qimg/qcow2/blockdev"
+	"qimg/qcow2/transfer"
 )
 
 // Dump reads the parts of an image one by one, as they are stored, whatever
@@ -126,7 +127,7 @@ func (d *Dump) tableEntries(what string, off, n, size int64, want Entries) iter.
 			}
 			for i := int64(0); i < int64(len(b)); i += size {
 				e := tableEntry{at + i/size, place + i, b[i : i+size]}
-				if (want.Empty || !isZero(e.b)) && !yield(e, nil) {
+				if (want.Empty || !transfer.IsZero(e.b)) && !yield(e, nil) {
 					return
 				}
 			}

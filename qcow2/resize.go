@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"qimg/qcow2/blockdev"
+	"qimg/qcow2/transfer"
 )
 
 // ResizeOptions says how Resize works. The zero value, and nil, mean: the disk
@@ -168,7 +169,7 @@ func (t *txn) dropEntries(b []byte) (changed bool, err error) {
 			return false, err
 		}
 		p := b[at : at+t.im.geo.l2EntrySize]
-		changed = changed || !isZero(p)
+		changed = changed || !transfer.IsZero(p)
 		clear(p)
 	}
 	return changed, nil
@@ -364,7 +365,7 @@ func (t *txn) clearTail(old int64, place bool) error {
 	if err := im.readGuest(cluster, start); err != nil {
 		return err
 	}
-	stale := !isZero(cluster[in:])
+	stale := !transfer.IsZero(cluster[in:])
 	clear(cluster[in:])
 	i := start >> g.l2Coverage()
 	at := start >> g.clusterBits & (1<<g.l2Bits - 1) * g.l2EntrySize

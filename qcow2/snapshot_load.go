@@ -6,6 +6,7 @@ import (
 	"io"
 
 	"qimg/qcow2/blockdev"
+	"qimg/qcow2/transfer"
 )
 
 // load fills a snapshot from opts.
@@ -230,7 +231,7 @@ func (w *treeWriter) clusters(p []byte, off int64) error {
 	size := w.s.im.geo.clusterSize
 	for at := int64(0); at < int64(len(p)); {
 		end := at
-		for end < int64(len(p)) && !isZero(p[end:end+size]) {
+		for end < int64(len(p)) && !transfer.IsZero(p[end:end+size]) {
 			end += size
 		}
 		if end > at {

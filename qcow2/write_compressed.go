@@ -1,6 +1,10 @@
 package qcow2
 
-import "fmt"
+import (
+	"fmt"
+
+	"qimg/qcow2/transfer"
+)
 
 // WriteCompressed writes p, whole clusters, at off, and stores them compressed
 // where that makes them smaller; those of zeroes are marked as WriteZeroes does.
@@ -34,7 +38,7 @@ func (im *Image) WriteCompressed(p []byte, off int64) error {
 // and places it.
 func (im *Image) compressCluster(p []byte, off int64) error {
 	var packed *[]byte
-	zero := isZero(p)
+	zero := transfer.IsZero(p)
 	if !zero {
 		c, err := im.compressor()
 		if err != nil {

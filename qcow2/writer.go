@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 
 	"qimg/qcow2/blockdev"
+	"qimg/qcow2/transfer"
 )
 
 // ErrNotPlanned: a range was written that the plan of a Writer does not have.
@@ -853,7 +854,7 @@ func (o *orderedWriter) planned(off int64) (int64, error) {
 // encode makes of p, a cluster or its part before the end of the image, what
 // is stored of it.
 func (o *orderedWriter) encode(p []byte) (content, error) {
-	if isZero(p) {
+	if transfer.IsZero(p) {
 		return content{kind: contentZero}, nil
 	}
 	c := content{kind: contentStored, data: p}

@@ -1,7 +1,6 @@
 package qcow2
 
 import (
-	"bytes"
 	"errors"
 	"sync"
 
@@ -127,9 +126,4 @@ func (l *limitedBuffer) Write(p []byte) (int, error) {
 	}
 	l.b = append(l.b, p...)
 	return len(p), nil
-}
-
-// isZero reports whether p is all zeroes.
-func isZero(p []byte) bool {
-	return len(p) == 0 || p[0] == 0 && bytes.Equal(p[1:], p[:len(p)-1])
 }
