@@ -210,12 +210,7 @@ func (s *shared) open(dev blockdev.Reader, ref reference, probed, write bool) (*
 	if err := im.readHeader(); err != nil {
 		return nil, err
 	}
-	var err error
-	if im.snapshots, im.snapEnd, err = readSnapshots(dev, &im.header); err != nil {
-		return nil, err
-	}
 	l1Size := im.header.L1Size
-	im.l1Off = int64(im.header.L1TableOffset)
 	if im.id == 0 && s.opts.Snapshot != "" {
 		if s.opts.Write {
 			return nil, fmt.Errorf("qcow2: a snapshot is opened for writing: %w", blockdev.ErrReadOnly)
@@ -230,16 +225,17 @@ func (s *shared) open(dev blockdev.Reader, ref reference, probed, write bool) (*
 		im.snapshot = sn
 		im.l1Off, l1Size = int64(sn.L1TableOffset), sn.L1Size
 	}
-	if im.l1, err = readTable(dev, im.l1Off, int64(l1Size)*l1EntrySize); err != nil {
-		return nil, fmt.Errorf("qcow2: l1 table at %#x: %w", im.l1Off, err)
+	if err := im.readL1(l1Size); err != nil {
+		return nil, err
 	}
 	if s.opts.RefuseTruncated && int64(len(im.l1)) < int64(l1Size)*l1EntrySize {
 		return nil, &FormatError{"l1 table", im.l1Off, "", fmt.Sprintf("of %d entries is beyond the end of the file at %#x: it is truncated", l1Size, dev.Size()), ErrCorrupt}
 	}
-	if err = im.unlock(ref.keySecret); err != nil {
+	if err := im.unlock(ref.keySecret); err != nil {
 		return nil, err
 	}
-	if err = im.openDataFile(); err == nil {
+	err := im.openDataFile()
+	if err == nil {
 		err = im.openBacking()
 	}
 	if err == nil && im.writes {
@@ -274,6 +270,7 @@ func (s *shared) enter(dev blockdev.Reader) error {
 	return nil
 }
 
+// readHeader reads the header and the snapshot table.
 func (im *Image) readHeader() error {
 	b, err := readFirstCluster(im.dev)
 	if err != nil {
@@ -285,6 +282,16 @@ func (im *Image) readHeader() error {
 	im.geo = im.header.geometry()
 	// The guest sees whole sectors; parseHeader bounds Size by the L1 table.
 	im.size = int64(im.header.Size) &^ 511
+	im.l1Off = int64(im.header.L1TableOffset)
+	im.snapshots, im.snapEnd, err = readSnapshots(im.dev, &im.header)
+	return err
+}
+
+// readL1 reads the L1 table, as far as the file goes.
+func (im *Image) readL1(entries uint32) (err error) {
+	if im.l1, err = readTable(im.dev, im.l1Off, int64(entries)*l1EntrySize); err != nil {
+		return fmt.Errorf("qcow2: l1 table at %#x: %w", im.l1Off, err)
+	}
 	return nil
 }
 

@@ -194,14 +194,7 @@ func (im *Image) repairDirty(ctx context.Context) error {
 	if err := im.readHeader(); err != nil {
 		return err
 	}
-	if im.snapshots, im.snapEnd, err = readSnapshots(im.dev, &im.header); err != nil {
-		return err
-	}
-	im.l1Off = int64(im.header.L1TableOffset)
-	if im.l1, err = readTable(im.dev, im.l1Off, int64(im.header.L1Size)*l1EntrySize); err != nil {
-		return fmt.Errorf("qcow2: l1 table at %#x: %w", im.l1Off, err)
-	}
-	return nil
+	return im.readL1(im.header.L1Size)
 }
 
 // repairer is a repair that is going on.
