@@ -100,16 +100,8 @@ func TestBitmapForms(t *testing.T) {
 			if got, err := dirtyRanges(t, again, "b"); err != nil || got != "" {
 				t.Errorf("cleared, it says %s %v", got, err)
 			}
-			clean(t, again, 0)
+			MustHaveLeaks(t, again, 0)
 		})
-	}
-}
-
-// clean fails the test unless an image has these leaks and nothing else.
-func clean(t *testing.T, im *Image, leaks int64) {
-	t.Helper()
-	if n, err := checkClean(t, im); err != nil || n != leaks {
-		t.Errorf("%d leaks, want %d; %v", n, leaks, err)
 	}
 }
 
@@ -162,7 +154,7 @@ func TestHostileBitmapTables(t *testing.T) {
 				t.Errorf("remove: %v", err)
 			}
 			if c.remove {
-				clean(t, im, c.leaks)
+				MustHaveLeaks(t, im, c.leaks)
 			}
 		})
 	}
@@ -255,7 +247,7 @@ func TestBitmapRelieve(t *testing.T) {
 			t.Errorf("granularity %d: %d ranges, want %d; %v", g, got, n, err)
 		}
 	}
-	clean(t, im, 0)
+	MustHaveLeaks(t, im, 0)
 	if most > before.HeapAlloc+64<<20 {
 		t.Errorf("%d MiB of memory", (most-before.HeapAlloc)>>20)
 	}

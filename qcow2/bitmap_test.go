@@ -110,7 +110,7 @@ func fileBitmaps(t *testing.T, path string) []bitmapState {
 		t.Fatal(err)
 	}
 	defer im.Close()
-	mustClean(t, im)
+	qcow2.MustHaveLeaks(t, im, 0)
 	return bitmapStates(t, im)
 }
 

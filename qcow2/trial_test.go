@@ -645,7 +645,7 @@ func (tr *Trial) checkState(ms []*blockdev.Memory, alts []outcome, write, oracle
 			return fmt.Errorf("open after repair: %w", err)
 		}
 	}
-	leaks, err := checkClean(tr.t, im)
+	leaks, err := CheckLeaks(tr.t, im)
 	if err != nil {
 		return err
 	}
@@ -715,23 +715,6 @@ func (tr *Trial) checkRepair(ms []*blockdev.Memory, alts []outcome, seed int) er
 	return tr.checkState(ms, alts, false, false)
 }
 
-// checkClean returns the leaks of an image, which is to have nothing else.
-func checkClean(t testing.TB, im *Image) (leaks int64, err error) {
-	var first string
-	res, err := im.Check(t.Context(), &CheckOptions{Found: func(f Finding) {
-		if first == "" || f.Severity != Leak {
-			first = f.String()
-		}
-	}})
-	if err != nil {
-		return 0, err
-	}
-	if res.Corruptions != 0 || res.CheckErrors != 0 {
-		return 0, fmt.Errorf("check: %d corruptions, %d errors: %s", res.Corruptions, res.CheckErrors, first)
-	}
-	return res.Leaks, nil
-}
-
 // matches compares what was found with an outcome.
 func (o *outcome) matches(guest []byte, rest string, leaks int64) error {
 	if rest != o.rest {
@@ -783,7 +766,7 @@ func (tr *Trial) writeOn(devs []blockdev.Device, guest []byte) error {
 		return err
 	}
 	defer im.Close()
-	if _, err := checkClean(tr.t, im); err != nil {
+	if _, err := CheckLeaks(tr.t, im); err != nil {
 		return err
 	}
 	got, err := readImage(im)

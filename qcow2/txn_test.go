@@ -33,9 +33,7 @@ func mustBeClean(t *testing.T, d blockdev.Reader) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := im.Check(t.Context(), &CheckOptions{Found: func(f Finding) { t.Errorf("check: %v", f) }}); err != nil {
-		t.Fatal(err)
-	}
+	MustHaveLeaks(t, im, 0)
 }
 
 // A transaction that shares all tables with a snapshot, made of its parts.

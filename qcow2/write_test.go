@@ -14,15 +14,6 @@ import (
 	"qimg/qcow2/blockdev/oracle"
 )
 
-// mustClean fails the test unless the image has no finding at all.
-func mustClean(t *testing.T, im *qcow2.Image) {
-	t.Helper()
-	_, err := im.Check(t.Context(), &qcow2.CheckOptions{Found: func(f qcow2.Finding) { t.Errorf("check: %v", f) }})
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
 // change makes one random change to an image and to what it should read as.
 func change(r *rand.Rand, im *qcow2.Image, want []byte, most int) (string, error) {
 	off := r.IntN(len(want))
@@ -125,7 +116,7 @@ func TestWrite(t *testing.T) {
 				if im, err = qcow2.Open(name, &qcow2.OpenOptions{Backing: qcow2.BackingFollow}); err != nil {
 					t.Fatal(err)
 				}
-				mustClean(t, im)
+				qcow2.MustHaveLeaks(t, im, 0)
 				if !bytes.Equal(bytesOf(t, im), want) {
 					t.Fatal("image reads something else")
 				}
