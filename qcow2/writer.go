@@ -36,6 +36,8 @@ type WriterOptions struct {
 	// through once, by NewWriter. With a backing file they have to cover whole
 	// clusters: the rest of a cluster would hide what is below it.
 	Extents iter.Seq2[int64, int64]
+	// StoreZeroes stores clusters of zeroes that are given to WriteAt like others.
+	StoreZeroes bool
 	// InOrder: the disk will be written from its beginning to its end, in place
 	// of Extents; see Writer.
 	InOrder bool
@@ -63,8 +65,8 @@ type WriterOptions struct {
 // those before it have come. So each goroutine has to take the lowest part of
 // the plan that no other has taken, and everything planned has to be written,
 // or named by WriteZeroes; else WriteAt waits forever (Abort ends that).
-// Clusters of zeroes are not stored, those that do not get smaller are stored
-// as they are.
+// Clusters of zeroes are not stored, unless StoreZeroes is set; those that do not
+// get smaller are stored as they are.
 //
 // With InOrder there is no plan: what is stored is known only while it is being
 // written. All of the disk is named, from its beginning to its end and in whole
@@ -531,7 +533,8 @@ type orderedWriter struct {
 	w *Writer
 	c *compressor
 	// compress: else clusters are stored as they are, or encrypted.
-	compress bool
+	compress    bool
+	storeZeroes bool
 	// direct: clusters are written by the caller, and tables by themselves, in
 	// place of all in a row.
 	direct bool
@@ -564,7 +567,7 @@ func newOrderedWriter(w *Writer, opts *WriterOptions) (*orderedWriter, error) {
 		return nil, err
 	}
 	o := &orderedWriter{
-		w: w, c: c, compress: opts.Compress, direct: !opts.Compress && w.crypt == nil,
+		w: w, c: c, compress: opts.Compress, storeZeroes: opts.StoreZeroes, direct: !opts.Compress && w.crypt == nil,
 		parked:  map[int64]content{},
 		limit:   int(max(8, parkedBytes>>w.geo.clusterBits)),
 		alloc:   newAppender(&w.geo),
@@ -854,7 +857,7 @@ func (o *orderedWriter) planned(off int64) (int64, error) {
 // encode makes of p, a cluster or its part before the end of the image, what
 // is stored of it.
 func (o *orderedWriter) encode(p []byte) (content, error) {
-	if transfer.IsZero(p) {
+	if !o.storeZeroes && transfer.IsZero(p) {
 		return content{kind: contentZero}, nil
 	}
 	c := content{kind: contentStored, data: p}
