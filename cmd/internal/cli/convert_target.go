@@ -206,7 +206,8 @@ func (t *convertTarget) beginQcow2(ctx context.Context) (err error) {
 	if t.files.data == nil && !prealloc && (file.out != nil || t.o.compress) {
 		t.writer, err = qcow2.NewWriter(ctx, file.dev, t.size, &qcow2.WriterOptions{
 			FormatOptions: t.create.FormatOptions, Compress: t.o.compress, CompressionLevel: t.o.level, InOrder: true,
-			Sync: file.out == nil && !t.o.unsafe(),
+			StoreZeroes: t.o.hasSparse && t.o.sparse == 0,
+			Sync:        file.out == nil && !t.o.unsafe(),
 		})
 		return err
 	}
