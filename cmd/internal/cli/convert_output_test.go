@@ -310,6 +310,24 @@ func TestConvertCompressInto(t *testing.T) {
 	sameGuestAs(t, "raw", "want", "qcow2", "out")
 }
 
+// Encrypted images are made, and read with their passphrase.
+func TestConvertEncrypt(t *testing.T) {
+	oracle.Require(t, "qemu-img")
+	t.Chdir(t.TempDir())
+	randomFile(t, "disk", 1<<20)
+	secret := []string{"--object", "secret,id=s,data=letmein"}
+	const luks = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=1"
+	for _, options := range []string{luks, luks + ",preallocation=metadata", luks + ",data_file=data", "encrypt.format=aes,encrypt.key-secret=s"} {
+		mustRun(t, append(append([]string{"convert"}, secret...), "-f", "raw", "-O", "qcow2", "-o", options, "disk", "out")...)
+		image := "driver=qcow2,encrypt.key-secret=s,file.filename=out"
+		if !strings.Contains(options, "aes") { // qemu-img opens such images no more
+			oracle.MustRun(t, "qemu-img", append(append([]string{"compare"}, secret...), "--image-opts", "driver=raw,file.filename=disk", image)...)
+		}
+		mustRun(t, append(append([]string{"convert"}, secret...), "--image-opts", "-O", "raw", image, "plain")...)
+		sameGuestAs(t, "raw", "disk", "raw", "plain")
+	}
+}
+
 func TestConvertProgress(t *testing.T) {
 	t.Chdir(t.TempDir())
 	randomFile(t, "disk", 4<<20)
