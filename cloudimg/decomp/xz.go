@@ -44,7 +44,6 @@ type xzStream struct {
 	index     int64 // where its index begins
 	indexSize int64
 	check     byte // how blocks are checked
-	size      int64
 }
 
 // xzBlock is a block of an input.

@@ -2,7 +2,6 @@ package formats
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"sync"
@@ -142,14 +141,13 @@ const (
 // table reads the entries of a table in a file through a cache. It can be used by
 // several goroutines.
 type table struct {
-	file    blockdev.Reader
-	off, n  int64 // bytes; an entry does not cross a multiple of pageSize
-	mu      sync.Mutex
-	pages   map[int64][]byte
-	order   []int64 // of the pages in memory, the oldest at next
-	next    int
-	where   at
-	entries string // what they are, for errors
+	file   blockdev.Reader
+	off, n int64 // bytes; an entry does not cross a multiple of pageSize
+	mu     sync.Mutex
+	pages  map[int64][]byte
+	order  []int64 // of the pages in memory, the oldest at next
+	next   int
+	where  at
 }
 
 // newTable returns the table of n bytes at off. It has to lie in the file.
@@ -172,7 +170,7 @@ func (t *table) bytes(off, n int64) ([]byte, error) {
 	if !ok {
 		page = make([]byte, min(pageSize, t.n-key*pageSize))
 		if m, err := t.file.ReadAt(page, t.off+key*pageSize); m < len(page) {
-			return nil, errors.Join(err)
+			return nil, err
 		}
 		if len(t.order) < maxPages {
 			t.order = append(t.order, key)
