@@ -102,9 +102,9 @@ func TestPrograms(t *testing.T) {
 				t.Error("other content")
 			}
 			// Several are one after another, some of them empty.
-			empty := run(t, nil, p)
-			if got := content(t, slices.Concat(one, empty, one)); !bytes.Equal(got, slices.Concat(want, want)) {
-				t.Errorf("three members: %d bytes, want %d", len(got), 2*len(want))
+			empty, other := run(t, nil, p), run(t, []byte("other content"), p)
+			if got := content(t, slices.Concat(one, empty, other)); !bytes.Equal(got, append(slices.Clone(want), "other content"...)) {
+				t.Errorf("three members: %d bytes, want %d", len(got), len(want)+13)
 			}
 			if got := content(t, empty); len(got) > 0 {
 				t.Errorf("nothing: %d bytes", len(got))
@@ -232,6 +232,18 @@ func TestWindows(t *testing.T) {
 	file = append(append(file, footer...), "YZ"...)
 	if _, err := open(t, file, nil); !errors.Is(err, decomp.ErrLimit) {
 		t.Errorf("xz: %v, want ErrLimit", err)
+	}
+}
+
+// TestChecks has a check in xz files that does not fit.
+func TestChecks(t *testing.T) {
+	for _, check := range []string{"crc32", "crc64", "sha256"} {
+		b := run(t, disk(), "xz -0 --check="+check)
+		index := (int(binary.LittleEndian.Uint32(b[len(b)-8:])) + 1) * 4
+		b[len(b)-12-index-1] ^= 1
+		if _, err := open(t, b, nil); !errors.Is(err, decomp.ErrCorrupt) || !strings.Contains(err.Error(), "check of a block") {
+			t.Errorf("%s: %v", check, err)
+		}
 	}
 }
 

@@ -44,12 +44,61 @@ func TestTiny(t *testing.T) {
 				t.Fatal(err)
 			}
 			readsAsQEMU(t, path, c.format)
-			p := make([]byte, len(tinyData))
-			if _, err := open(t, path, c.format).ReadAt(p, c.data); err != nil || string(p) != tinyData {
-				t.Errorf("%q, %v", p, err)
+			im := open(t, path, c.format)
+			all := make([]byte, im.Size())
+			if _, err := im.ReadAt(all, 0); err != nil && err != io.EOF || !bytes.HasPrefix(all[c.data:], []byte(tinyData)) {
+				t.Errorf("%q, %v", all[c.data:][:100], err)
+			}
+			// From the middle of what is there or not to the end.
+			for off := int64(0); off < im.Size(); off += im.Size() / 24 &^ 511 {
+				p := make([]byte, im.Size()-off)
+				if _, err := im.ReadAt(p, off); err != nil && err != io.EOF || !bytes.Equal(p, all[off:]) {
+					t.Errorf("from %d on: other bytes, %v", off, err)
+				}
 			}
 		})
 	}
+}
+
+// TestVPCSize takes the size of a disk from the same field as QEMU.
+func TestVPCSize(t *testing.T) {
+	oracle.Require(t, "qemu-img")
+	path := filepath.Join(t.TempDir(), "image")
+	for _, app := range []string{"win ", "qem2", "d2v ", "CTXS", "tap\x00", "tapx", "vpc ", "qemu", "vbox"} {
+		for _, geometry := range []uint32{3<<16 | 2<<8 | 4, 65535<<16 | 16<<8 | 255} {
+			b := tinyVPC(false)
+			put(binary.BigEndian, b, 28, app)
+			put(binary.BigEndian, b, 56, geometry)
+			fix(b, formats.VPC)
+			if err := os.WriteFile(path, b, 0o666); err != nil {
+				t.Fatal(err)
+			}
+			want := fmt.Sprintf(`"virtual-size": %d,`, open(t, path, formats.VPC).Size())
+			if got := oracle.MustRun(t, "qemu-img", "info", "--output=json", "-f", "vpc", path); !strings.Contains(got, want) {
+				t.Errorf("%q, geometry %#x: %s, qemu-img says\n%s", app, geometry, want, got)
+			}
+		}
+	}
+}
+
+// TestVHDXChunks finds a block behind the first chunk.
+func TestVHDXChunks(t *testing.T) {
+	oracle.Require(t, "qemu-io")
+	b := tinyVHDX()
+	put(binary.LittleEndian, b, 2<<20+64<<10+16, uint64(4098<<20))
+	put(binary.LittleEndian, b, 3<<20+8, uint64(0))
+	put(binary.LittleEndian, b, 3<<20+8*4098, uint64(4<<20|6))
+	want := bytes.Repeat([]byte{0x5a}, 4096)
+	copy(b[4<<20:], want)
+	path := filepath.Join(t.TempDir(), "image")
+	if err := os.WriteFile(path, b, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, 4096)
+	if _, err := open(t, path, formats.VHDX).ReadAt(got, 4097<<20); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("%#x..., %v", got[:4], err)
+	}
+	oracle.MustRun(t, "qemu-io", "-r", "-f", "vhdx", "-c", "read -P 0x5a 4097M 4k", path)
 }
 
 // readTiny opens an image, finds its data by the extents and reads it.

@@ -34,14 +34,14 @@ func put(order binary.ByteOrder, b []byte, at int, values ...any) {
 }
 
 // tinyVMDK is a disk of 4 grains of 8 sectors, in 2 grain tables of 2 grains; the
-// third is there.
+// third is there, the fourth is one of zeroes.
 func tinyVMDK(compressed bool) []byte {
 	b := make([]byte, 16*512)
 	le := binary.LittleEndian
-	flags, algorithm, kind := uint32(1), uint16(0), "monolithicSparse"
+	flags, algorithm, kind := uint32(1|1<<2), uint16(0), "monolithicSparse"
 	gd := uint64(3)
 	if compressed {
-		flags, algorithm, kind, gd = 1<<16|1<<17|1, 1, "streamOptimized", 1<<64-1
+		flags, algorithm, kind, gd = 1<<16|1<<17|1<<2|1, 1, "streamOptimized", 1<<64-1
 	}
 	header := func(at int, gd uint64) {
 		put(le, b, at, "KDMV", uint32(1), flags, uint64(32), uint64(8), uint64(1), uint64(1), uint32(2), uint64(0), gd, uint64(6))
@@ -49,8 +49,8 @@ func tinyVMDK(compressed bool) []byte {
 	}
 	header(0, gd)
 	copy(b[512:], "# Disk DescriptorFile\nversion=1\nCID=1234abcd\nparentCID=ffffffff\ncreateType=\""+kind+"\"\nRW 32 SPARSE \"tiny\"\n")
-	put(le, b, 3*512, uint32(4), uint32(5)) // the grain directory
-	put(le, b, 5*512, uint32(6), uint32(0)) // the second grain table
+	put(le, b, 3*512, uint32(0), uint32(5)) // the grain directory
+	put(le, b, 5*512, uint32(6), uint32(1)) // the second grain table
 	grain := make([]byte, 4096)
 	copy(grain, tinyData)
 	if !compressed {
@@ -67,14 +67,14 @@ func tinyVMDK(compressed bool) []byte {
 	return b[:10*512]
 }
 
-// tinyVDI is a disk of 3 MiB, of which the second MiB is there.
+// tinyVDI is a disk of nearly 3 MiB, of which the second MiB is there.
 func tinyVDI() []byte {
 	b := make([]byte, 1024+1<<20)
 	le := binary.LittleEndian
 	copy(b, "<<< a disk image >>>\n")
 	put(le, b, 0x40, uint32(0xbeda107f), uint32(0x10001), uint32(0x180), uint32(1))
 	put(le, b, 0x154, uint32(512), uint32(1024))
-	put(le, b, 0x168, uint32(512), uint32(0), uint64(3<<20), uint32(1<<20), uint32(0), uint32(3), uint32(1))
+	put(le, b, 0x168, uint32(512), uint32(0), uint64(3<<20-100), uint32(1<<20), uint32(0), uint32(3), uint32(1))
 	put(le, b, 512, ^uint32(0), uint32(0), ^uint32(1))
 	copy(b[1024:], tinyData)
 	return b

@@ -3,7 +3,6 @@ package formats
 import (
 	"bytes"
 	"encoding/binary"
-	"strings"
 
 	"qimg/qcow2/blockdev"
 )
@@ -83,7 +82,7 @@ func vpcSectors(footer []byte) uint64 {
 	be := binary.BigEndian
 	geometry := uint64(be.Uint16(footer[56:])) * uint64(footer[58]) * uint64(footer[59])
 	app := string(footer[28:32])
-	bySize := app == "win " || app == "qem2" || app == "d2v " || app == "CTXS" || strings.HasPrefix(app, "tap")
+	bySize := app == "win " || app == "qem2" || app == "d2v " || app == "CTXS" || app == "tap\x00"
 	if bySize || geometry == vpcMaxGeometry {
 		return be.Uint64(footer[48:]) / sector
 	}
