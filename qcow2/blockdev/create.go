@@ -220,6 +220,14 @@ func (o *Output) tempName() string {
 // File returns the file to write to. It is closed by Commit and Abort.
 func (o *Output) File() *File { return o.file }
 
+// SamePlace reports whether two outputs are to be at the same place, whatever
+// their paths.
+func (o *Output) SamePlace(other *Output) bool {
+	a, err := o.root.Stat(".")
+	b, err2 := other.root.Stat(".")
+	return err == nil && err2 == nil && o.name == other.name && os.SameFile(a, b)
+}
+
 // Commit makes the file complete and gives it its name. Order: sync the file,
 // rename, sync the directory. The file is closed then.
 //

@@ -2,6 +2,7 @@ package cli_test
 
 import (
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
@@ -65,5 +66,38 @@ func TestConvertFIFO(t *testing.T) {
 	mustRun(t, "convert", "-f", "raw", "-O", "raw", "in", "out")
 	if b := <-read; !slices.Equal(b, disk) {
 		t.Error(cmp.Diff(len(disk), len(b)))
+	}
+}
+
+// A device that is an input is not written to, whatever the name of its node.
+func TestConvertSelfDevice(t *testing.T) {
+	oracle.RequireRoot(t)
+	dir := t.TempDir()
+	disk := randomFile(t, dir+"/disk", 1<<20)
+	r := oracle.Run(t, "losetup", "--find", "--show", dir+"/disk")
+	if r.Code != 0 {
+		oracle.Missing(t, "a loop device")
+	}
+	dev := strings.TrimSpace(r.Stdout)
+	t.Cleanup(func() { exec.Command(oracle.Path(t, "losetup"), "--detach", dev).Run() })
+	var st unix.Stat_t
+	if err := unix.Stat(dev, &st); err != nil {
+		t.Fatal(err)
+	}
+	alias := dir + "/alias"
+	if err := unix.Mknod(alias, unix.S_IFBLK|0o600, int(st.Rdev)); err != nil {
+		oracle.Missing(t, "leave to make a device node")
+	}
+	for _, line := range []string{
+		"convert -U -f raw -O raw DEV DEV", "convert -f raw -O raw DEV ALIAS", "convert -U -f raw -O qcow2 DEV ALIAS",
+		"convert -f raw -n -O raw DEV ALIAS", "dd -U -f raw -O raw if=DEV of=DEV", "dd -f raw -O raw count=1 if=ALIAS of=DEV",
+	} {
+		args := strings.Fields(strings.NewReplacer("DEV", dev, "ALIAS", alias).Replace(line))
+		if r := run(t, args...); r.Code != 1 || !strings.Contains(r.Stderr, "is an input") {
+			t.Errorf("%s: %+v", line, r)
+		}
+		if b, err := os.ReadFile(dev); err != nil || !slices.Equal(b, disk) {
+			t.Fatalf("%s: the input has changed, %v", line, err)
+		}
 	}
 }

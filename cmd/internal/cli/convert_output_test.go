@@ -263,6 +263,12 @@ func TestConvertSelf(t *testing.T) {
 		}
 		before[name] = string(b)
 	}
+	links := [][2]string{{".", "here"}, {"new", "new-sym"}}
+	for _, link := range links {
+		if err := os.Symlink(link[0], link[1]); err != nil {
+			t.Fatal(err)
+		}
+	}
 	for _, line := range []string{
 		"-O raw top.qcow2 top-link",
 		"-O raw top.qcow2 top-link-sym",
@@ -274,6 +280,9 @@ func TestConvertSelf(t *testing.T) {
 		"-n -O qcow2 top.qcow2 base-link-sym",
 		"-O raw ext.qcow2 data",
 		"-O qcow2 -o data_file=raw-link raw.img out",
+		"-n -f raw -O qcow2 data ext.qcow2",
+		"-O qcow2 -o data_file=here/new raw.img new",
+		"-O qcow2 -o data_file=new-sym raw.img new",
 	} {
 		for _, share := range []string{"", "-U "} { // with -U no lock tells
 			r := run(t, append([]string{"convert"}, strings.Fields(share+line)...)...)
@@ -287,7 +296,7 @@ func TestConvertSelf(t *testing.T) {
 			t.Errorf("%s has changed: %v", name, err)
 		}
 	}
-	if got := filesOf(t, "."); len(got) != len(before) {
+	if got := filesOf(t, "."); len(got) != len(before)+len(links) {
 		t.Errorf("files were left behind: %q", got)
 	}
 }

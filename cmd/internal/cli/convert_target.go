@@ -136,13 +136,13 @@ func (t *convertTarget) checkBitmapSupport(format string, version int) error {
 }
 
 // refuseSources refuses an output whose place is that of an input.
-func (t *convertTarget) refuseSources(f *blockdev.File) error {
-	info, err := os.Stat(f.Name())
+func (t *convertTarget) refuseSources(output string) error {
+	info, err := os.Stat(output)
 	if err != nil { // it is new
 		return nil
 	}
 	if path := t.srcs.sameFile(info); path != "" {
-		return fmt.Errorf("output '%s' is an input, or in the backing chain of one: '%s'", f.Name(), path)
+		return fmt.Errorf("output '%s' is an input, or in the backing chain of one: '%s'", output, path)
 	}
 	return nil
 }
@@ -157,11 +157,8 @@ func (t *convertTarget) begin(ctx context.Context) error {
 		return err
 	}
 	if t.o.format != "qcow2" {
-		t.files.image, err = beginRaw(ctx, path, t.opts, t.o.unsafe())
-		if err != nil {
-			return err
-		}
-		return t.refuseSources(t.files.image.dev)
+		t.files.image, err = beginRaw(ctx, path, t.opts, t.o.unsafe(), t.refuseSources)
+		return err
 	}
 	if t.create, err = qcow2Options(t.opts, t.o.source.secrets); err != nil {
 		return err
@@ -169,11 +166,11 @@ func (t *convertTarget) begin(ctx context.Context) error {
 	if t.files, err = beginQcow2(path, t.opts, t.create, t.o.unsafe()); err != nil {
 		return err
 	}
-	if err := t.refuseSources(t.files.image.dev); err != nil {
+	if err := t.refuseSources(t.files.image.dev.Name()); err != nil {
 		return err
 	}
 	if t.files.data != nil {
-		if err := t.refuseSources(t.files.data.dev); err != nil {
+		if err := t.refuseSources(t.files.data.dev.Name()); err != nil {
 			return err
 		}
 		if t.o.compress {
@@ -244,8 +241,16 @@ func (t *convertTarget) openExisting() error {
 		return couldNotOpen(t.name, err)
 	}
 	t.existing = img
-	if err := t.refuseSources(img.file); err != nil {
+	if err := t.refuseSources(img.file.Name()); err != nil {
 		return err
+	}
+	if img.qcow2 != nil {
+		h := img.qcow2.Header()
+		if data := h.DataFile(); data != "" {
+			if err := t.refuseSources(combinePath(img.file.Name(), data)); err != nil {
+				return err
+			}
+		}
 	}
 	version := 3
 	if img.qcow2 != nil {

@@ -317,15 +317,16 @@ func (t *target) checkPreallocation(mode string) error {
 }
 
 func createRaw(ctx context.Context, path string, opts *optionList) error {
-	t, err := beginRaw(ctx, path, opts, false)
+	t, err := beginRaw(ctx, path, opts, false, nil)
 	if err != nil {
 		return err
 	}
 	return t.commit()
 }
 
-// beginRaw makes an empty raw image that is not committed yet.
-func beginRaw(ctx context.Context, path string, opts *optionList, noSync bool) (*target, error) {
+// beginRaw makes an empty raw image that is not committed yet. check, if set, is
+// asked before anything is written.
+func beginRaw(ctx context.Context, path string, opts *optionList, noSync bool, check func(path string) error) (*target, error) {
 	mode, size := opts.str("preallocation"), diskSize(opts)
 	switch {
 	case size < 0:
@@ -339,7 +340,13 @@ func beginRaw(ctx context.Context, path string, opts *optionList, noSync bool) (
 	if err != nil {
 		return nil, err
 	}
-	if err := t.makeRaw(ctx, mode, size); err != nil {
+	if check != nil {
+		err = check(path)
+	}
+	if err == nil {
+		err = t.makeRaw(ctx, mode, size)
+	}
+	if err != nil {
 		t.abort()
 		return nil, err
 	}
@@ -419,6 +426,9 @@ func beginQcow2(path string, opts *optionList, co *qcow2.CreateOptions, noSync b
 	}
 	if t.data, err = newTarget(co.DataFile, noSync); err != nil {
 		return t, err
+	}
+	if t.image.out != nil && t.data.out != nil && t.image.out.SamePlace(t.data.out) {
+		return t, withHint(messagef(`Failed to get shared "resize" lock`), lockHint(path))
 	}
 	co.Data = t.data.dev
 	return t, t.data.checkPreallocation(mode)
