@@ -1,5 +1,5 @@
-// Command qimg makes, inspects and checks disk images without root, mounts or
-// any other program. See README.md.
+// Command qimg makes, converts, inspects, changes and repairs disk images without
+// root, mounts or any other program. See README.md.
 package main
 
 import (

@@ -13,6 +13,8 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+
+	"qimg/cloudimg/formats"
 )
 
 // Host is what the program has from the system.
@@ -66,11 +68,12 @@ func execute(ctx context.Context, root *cobra.Command, args []string) error {
 func newRoot(host Host) *cobra.Command {
 	root := &cobra.Command{
 		Use:   host.name,
-		Short: "qimg makes, inspects, changes and repairs disk images",
-		Long: "qimg makes, inspects, changes and repairs disk images. It needs no root, no mount\n" +
-			"and no other program. All commands but build and dump are used as those of\n" +
-			"qemu-img.\n\n" +
-			"Supported formats: file qcow2 raw",
+		Short: "qimg makes, converts, inspects, changes and repairs disk images",
+		Long: "qimg makes, converts, inspects, changes and repairs disk images. It needs no root,\n" +
+			"no mount and no other program. All commands but build and dump are used as those\n" +
+			"of qemu-img.\n\n" +
+			"Supported formats: file qcow2 raw\n" +
+			"For reading also: " + strings.Join(formats.Foreign(), " "),
 		SilenceErrors:      true,
 		SilenceUsage:       true,
 		DisableSuggestions: true,

@@ -11,7 +11,7 @@ import (
 func (o *openOptions) addFlags(f *pflag.FlagSet, host Host) {
 	o.host = host
 	o.secrets = &secrets{out: host.Out}
-	f.VarP((*formatValue)(o), "format", "f", "format of the image: raw, qcow2 and, for reading, vmdk, vdi, vpc, vhdx, gzip, xz, zstd, bzip2 (default: found by its first bytes)")
+	f.VarP((*formatValue)(o), "format", "f", "format of the image (default: found by its first bytes)")
 	f.BoolVar(&o.imageOpts, "image-opts", false, "FILE stands for options: driver=qcow2,file.filename=NAME[,encrypt.key-secret=ID]")
 	f.Var(o.secrets, "object", "make an object: secret,id=ID,data=TEXT or secret,id=ID,file=FILE")
 }
