@@ -22,7 +22,8 @@ import (
 // Target is what Copy writes: a blockdev.Device, or something that is made in
 // one pass, as qcow2.Writer is. It is written from several goroutines. The
 // optional interfaces blockdev.ZeroWriter, RangeCopier and SparseWriter are used
-// where it has them.
+// where it has them. If it has a method Abort() that is called after the first
+// error, to wake those who wait in a write for what will not come.
 type Target interface {
 	io.WriterAt
 	Size() int64
