@@ -26,8 +26,8 @@ type Measurement struct {
 //
 // Of opts it looks at ClusterSize, ExtendedL2, Version, RefcountBits, BackingFile,
 // Encrypt and Preallocation. Those that are not allowed are an OptionError.
-// As in qemu-img a src that is too large for the cluster size is none, but a size
-// is.
+// As in qemu-img, a size that is too large for the cluster size is an error; that of
+// src is not looked at.
 func Measure(ctx context.Context, size int64, src blockdev.Reader, opts *CreateOptions) (m Measurement, err error) {
 	if opts == nil {
 		opts = &CreateOptions{}
