@@ -16,17 +16,13 @@ import (
 // work side by side. OpenOptions.CompressionLevel says how hard. Order: as
 // WriteAt.
 func (im *Image) WriteCompressed(p []byte, off int64) error {
-	g := &im.geo
-	mask := g.clusterSize - 1
-	switch end := off + int64(len(p)); {
-	case off&mask != 0 || end&mask != 0 && end != im.Size():
-		return fmt.Errorf("qcow2: compressed write of %d bytes at %#x: expected multiples of %#x", len(p), off, g.clusterSize)
-	case g.dataFile || im.header.CryptMethod != CryptNone:
-		return fmt.Errorf("qcow2: compressed write to an image that is encrypted, or has an external data file: %w", ErrUnsupported)
+	c, cluster, err := im.compressor(off, int64(len(p)))
+	if err != nil {
+		return err
 	}
 	for len(p) > 0 {
-		part := p[:min(int64(len(p)), g.clusterSize)]
-		if err := im.compressCluster(part, off); err != nil {
+		part := p[:min(int64(len(p)), cluster)]
+		if err := im.compressCluster(c, part, off, cluster); err != nil {
 			return err
 		}
 		p, off = p[len(part):], off+int64(len(part))
@@ -34,20 +30,35 @@ func (im *Image) WriteCompressed(p []byte, off int64) error {
 	return nil
 }
 
+// compressor returns what compresses the clusters of the image, and their size, if
+// n bytes at off can be written compressed.
+func (im *Image) compressor(off, n int64) (*compressor, int64, error) {
+	defer im.rlock()()
+	cluster := im.geo.clusterSize
+	switch end := off + n; {
+	case off%cluster != 0 || end%cluster != 0 && end != im.size:
+		return nil, 0, fmt.Errorf("qcow2: compressed write of %d bytes at %#x: expected multiples of %#x", n, off, cluster)
+	case im.geo.dataFile || im.header.CryptMethod != CryptNone:
+		return nil, 0, fmt.Errorf("qcow2: compressed write to an image that is encrypted, or has an external data file: %w", ErrUnsupported)
+	}
+	p := &im.packer
+	p.once.Do(func() {
+		p.c, p.err = newCompressor(im.header.CompressionType, im.shared.opts.CompressionLevel, cluster)
+	})
+	return p.c, cluster, p.err
+}
+
 // compressCluster compresses p, a cluster or its part before the end of the disk,
 // and places it.
-func (im *Image) compressCluster(p []byte, off int64) error {
+func (im *Image) compressCluster(c *compressor, p []byte, off, cluster int64) error {
 	var packed *[]byte
 	zero := transfer.IsZero(p)
 	if !zero {
-		c, err := im.compressor()
-		if err != nil {
-			return err
-		}
 		whole := p
-		if short := im.geo.clusterSize - int64(len(p)); short > 0 {
-			whole = append(append(make([]byte, 0, im.geo.clusterSize), p...), make([]byte, short)...)
+		if short := cluster - int64(len(p)); short > 0 {
+			whole = append(append(make([]byte, 0, cluster), p...), make([]byte, short)...)
 		}
+		var err error
 		if packed, err = c.compress(whole); err != nil {
 			return err
 		}
@@ -65,15 +76,6 @@ func (im *Image) compressCluster(p []byte, off int64) error {
 		}
 		return im.placeCompressed(*packed, off)
 	})
-}
-
-// compressor returns what compresses the clusters of the image.
-func (im *Image) compressor() (*compressor, error) {
-	p := &im.packer
-	p.once.Do(func() {
-		p.c, p.err = newCompressor(im.header.CompressionType, im.shared.opts.CompressionLevel, im.geo.clusterSize)
-	})
-	return p.c, p.err
 }
 
 // placeCompressed stores a compressed cluster.
