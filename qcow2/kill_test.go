@@ -204,7 +204,11 @@ func (k *killed) verify(t *testing.T, path string, round, lines int, cluster int
 			ok = ok || bytes.Equal(sector, g[off:off+512])
 		}
 		if !ok {
-			t.Fatalf("round %d, %d lines: sector at %d is neither as it was nor as written", round, lines, off)
+			text := fmt.Sprintf("is       %x\nit was   %x\n", sector, k.guest[off:off+512])
+			for i, g := range guests {
+				text += fmt.Sprintf("step %-3d %x\n", i, g[off:off+512])
+			}
+			t.Fatalf("round %d, %d lines: sector at %d is neither as it was nor as written:\n%s", round, lines, off, text)
 		}
 	}
 	had := k.snapshot != nil

@@ -234,11 +234,29 @@ func (f *File) WriteAt(p []byte, off int64) (int, error) {
 	if err := f.change("write", off, int64(len(p))); err != nil {
 		return 0, err
 	}
+	touch(p)
 	n, err := f.f.WriteAt(p, off)
 	if err == nil && f.behind != nil {
 		err = f.behind.wrote(f.f, off, int64(n))
 	}
 	return n, f.fail(err)
+}
+
+// touch reads a byte of each page of p. A process that is killed while the kernel
+// copies p ends its write where a page of p is not in memory yet, as those of new
+// zeroes are not; in the file that can be inside a sector, when p does not
+// begin on one.
+//
+//go:noinline
+func touch(p []byte) (sum int) {
+	const page = 4096 // at least
+	for i := 0; i < len(p); i += page {
+		sum += int(p[i])
+	}
+	if len(p) > 0 {
+		sum += int(p[len(p)-1])
+	}
+	return sum
 }
 
 // Sync makes the completed writes survive a crash (fdatasync). It is not tried
