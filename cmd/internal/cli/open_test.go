@@ -243,14 +243,13 @@ func TestProbedRaw(t *testing.T) {
 // TestDevice uses a block device as large as its image, which cannot grow, and
 // then one that takes no writes.
 func TestDevice(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root, for losetup")
-	}
+	oracle.RequireRoot(t)
+	oracle.Require(t, "losetup")
 	chain(t)
 	for _, flag := range []string{"--sector-size=512", "-r"} {
 		out, err := exec.Command("losetup", "-f", "--show", flag, "a").Output()
 		if err != nil {
-			t.Skipf("losetup: %v", err)
+			oracle.Missing(t, "a kernel with loop devices")
 		}
 		dev := strings.TrimSpace(string(out))
 		for _, line := range []string{"info", "check", "map", "snapshot -c x", "resize -f raw", "snapshot -l"} {
