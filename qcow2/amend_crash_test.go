@@ -70,7 +70,7 @@ func TestCrashAmend(t *testing.T) {
 		t.Run(v.name, func(t *testing.T) {
 			f := newFixture(t, v)
 			for i, op := range amendOps() {
-				if ((vi+i)%4 != 0 || slowBuild && vi%4 != 0) && !*crashLong {
+				if ((vi+i)%4 != 0 || qcow2.SlowBuild && vi%4 != 0) && !*crashLong {
 					continue
 				}
 				t.Run(op.name, func(t *testing.T) {
@@ -102,7 +102,7 @@ func TestFaultsAmend(t *testing.T) {
 	}
 	for vi, v := range variants() {
 		for i, op := range amendOps() {
-			if op.refused(v) || ((vi+i)%7 != 0 || slowBuild && vi%4 != 0) && !*crashLong {
+			if op.refused(v) || ((vi+i)%7 != 0 || qcow2.SlowBuild && vi%4 != 0) && !*crashLong {
 				continue
 			}
 			t.Run(v.name+", "+op.name, func(t *testing.T) {

@@ -321,7 +321,7 @@ func TestCrashSequences(t *testing.T) {
 	two, share := one, 100 // of the sequences one in so many is run
 	if *crashLong {
 		one, two, share = nil, &blocktest.CrashOptions{Subsets: 32, Tears: 2}, 1
-	} else if slowBuild {
+	} else if qcow2.SlowBuild {
 		share = 1000
 	}
 	states, faults, all := 0, 0, true
@@ -340,7 +340,7 @@ func TestCrashSequences(t *testing.T) {
 			}
 			n := vi
 			for _, a := range ops {
-				if n++; n%min(share, 4) == 0 && (!slowBuild || n%16 == 0) {
+				if n++; n%min(share, 4) == 0 && (!qcow2.SlowBuild || n%16 == 0) {
 					run(a.name, one, func(tr *qcow2.Trial) { a.run(tr, f.c, 1); tr.Sync() })
 				}
 				for _, b := range ops {
@@ -362,7 +362,7 @@ func TestCrashSequences(t *testing.T) {
 		})
 	}
 	t.Logf("%d states, %d faults while one was repaired", states, faults)
-	if !t.Failed() && all && !slowBuild && (states < 5000 || faults < 200) {
+	if !t.Failed() && all && !qcow2.SlowBuild && (states < 5000 || faults < 200) {
 		t.Errorf("%d states, %d faults while one was repaired; expected 5000 and 200 at least", states, faults)
 	}
 }

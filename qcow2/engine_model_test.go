@@ -189,7 +189,7 @@ func TestEngineModel(t *testing.T) {
 	base := filepath.Join(t.TempDir(), "base.raw")
 	for cluster := int64(512); cluster <= 2<<20; cluster *= 2 {
 		for width := 1; width <= 64; width *= 2 {
-			if (testing.Short() || slowBuild) && (width*int(cluster>>9))%3 != 1 {
+			if (testing.Short() || qcow2.SlowBuild) && (width*int(cluster>>9))%3 != 1 {
 				continue
 			}
 			t.Run(fmt.Sprintf("%d-%d", cluster, width), func(t *testing.T) {

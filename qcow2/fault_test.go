@@ -18,7 +18,7 @@ func TestFaults(t *testing.T) {
 			}
 			if *crashLong {
 				step = 1
-			} else if slowBuild {
+			} else if qcow2.SlowBuild {
 				step *= 7
 			}
 			f := newFixture(t, v)

@@ -78,7 +78,7 @@ func TestCrashRepair(t *testing.T) {
 	}
 	states, faults := 0, 0
 	for vi, v := range variants() {
-		if v.data || vi%5 != 0 && !*crashLong || slowBuild && vi > 0 {
+		if v.data || vi%5 != 0 && !*crashLong || qcow2.SlowBuild && vi > 0 {
 			continue
 		}
 		f := newFixture(t, v)

@@ -1,5 +1,5 @@
 //go:build !race && !386
 
-package qcow2_test
+package qcow2
 
-const slowBuild = false
+const SlowBuild = false

@@ -1,7 +1,7 @@
 //go:build race || 386
 
-package qcow2_test
+package qcow2
 
-// slowBuild: the race detector makes tests ten times slower, and a 32-bit build
+// SlowBuild: the race detector makes tests ten times slower, and a 32-bit build
 // some of them. They run fewer cases then; all are run by the plain build.
-const slowBuild = true
+const SlowBuild = true

@@ -74,7 +74,7 @@ func snapshotWork(tr *qcow2.Trial, v variant, c int64) {
 func TestCrashSnapshots(t *testing.T) {
 	states := 0
 	for vi, v := range variants() {
-		if slowBuild && vi%4 != 0 {
+		if qcow2.SlowBuild && vi%4 != 0 {
 			continue
 		}
 		t.Run(v.name, func(t *testing.T) {
