@@ -123,6 +123,9 @@ func runCheck(ctx context.Context, host Host, o *checkOptions, args []string) er
 	if o.dryRun {
 		return o.plan(host, img, &repair)
 	}
+	if err := o.repairRest(ctx, img, &repair); err != nil {
+		return checkError(ctx, err)
+	}
 	if repair.CorruptionsFixed+repair.LeaksFixed > 0 {
 		if !o.quiet && o.output == "human" {
 			fmt.Fprintf(host.Out, "The following inconsistencies were found and repaired:\n\n    %d leaked clusters\n    %d corruptions\n\n"+
@@ -139,6 +142,27 @@ func runCheck(ctx context.Context, host Host, o *checkOptions, args []string) er
 		}
 	}
 	return o.result(host, img, &repair)
+}
+
+// repairRounds is how often an image is repaired at most.
+const repairRounds = 8
+
+// repairRest repairs what a repair has left, and adds to its counts. What lay
+// beyond the end of the file, for example, can lie inside of it afterwards.
+func (o *checkOptions) repairRest(ctx context.Context, img *image, sum *qcow2.RepairResult) error {
+	last := *sum
+	for range repairRounds - 1 {
+		if last.Clean() || last.CorruptionsFixed+last.LeaksFixed == 0 {
+			return nil
+		}
+		var err error
+		if last, err = qcow2.Repair(ctx, img.dev, &qcow2.RepairOptions{Leaks: o.repair == "leaks"}); err != nil {
+			return err
+		}
+		sum.CorruptionsFixed += last.CorruptionsFixed
+		sum.LeaksFixed += last.LeaksFixed
+	}
+	return nil
 }
 
 // checkDamaged checks an image without a refcount table. One whose snapshot

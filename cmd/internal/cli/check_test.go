@@ -2,6 +2,7 @@ package cli_test
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"os"
 	"path/filepath"
@@ -188,6 +189,30 @@ func TestCheckNoRefcountTable(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 	mustRun(t, "check", "-r", "all", "x")
+	same(t, "check", "x")
+}
+
+// TestCheckRepairRest: a cluster beyond the end of the file is inside of it
+// after a repair that made the file longer, and is repaired then.
+func TestCheckRepairRest(t *testing.T) {
+	oracle.Require(t, "qemu-img")
+	oracle.Require(t, "qemu-io")
+	t.Chdir(t.TempDir())
+	oracle.MustRun(t, "qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=512", "x", "32k")
+	oracle.MustRun(t, "qemu-io", "-c", "write 0 512", "x")
+	b, err := os.ReadFile("x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b = append(b, make([]byte, -len(b)&511)...)
+	be := binary.BigEndian
+	const offset = 0x00ff_ffff_ffff_fe00
+	l2 := be.Uint64(b[be.Uint64(b[40:]):]) & offset
+	be.PutUint64(b[l2:], uint64(len(b)))
+	writeFile(t, "x", string(b))
+	if out := mustRun(t, "check", "-r", "all", "x"); !strings.Contains(out, "1 leaked clusters\n    1 corruptions") {
+		t.Error(out)
+	}
 	same(t, "check", "x")
 }
 
