@@ -3,6 +3,7 @@ package ext4img
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 )
 
 // ext4 keeps POSIX ACLs in a form of its own: version 1, and no id in the
@@ -47,3 +48,32 @@ func aclToExt4(value string, mask uint16) (string, error) {
 	}
 	return string(out), nil
 }
+
+// aclFromExt4 is the reverse of aclToExt4.
+func aclFromExt4(value string) (string, error) {
+	b := []byte(value)
+	if len(b) < 4 || binary.LittleEndian.Uint32(b) != aclVersionExt4 {
+		return "", corruptACL()
+	}
+	out := binary.LittleEndian.AppendUint32(nil, aclVersionXattr)
+	for b = b[4:]; len(b) > 0; {
+		if len(b) < 4 {
+			return "", corruptACL()
+		}
+		out = append(out, b[:4]...)
+		tag := binary.LittleEndian.Uint16(b)
+		b = b[4:]
+		if tag != aclUser && tag != aclGroup {
+			out = binary.LittleEndian.AppendUint32(out, ^uint32(0))
+			continue
+		}
+		if len(b) < 4 {
+			return "", corruptACL()
+		}
+		out = append(out, b[:4]...)
+		b = b[4:]
+	}
+	return string(out), nil
+}
+
+func corruptACL() error { return fmt.Errorf("%w: %w", errACL, ErrCorrupt) }

@@ -1,6 +1,9 @@
 package ext4img
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+	"iter"
+)
 
 const maxNameLen = 255 // EXT4_NAME_LEN
 
@@ -105,4 +108,227 @@ func fileType(mode uint16) uint8 {
 		return 7
 	}
 	return 0
+}
+
+// FileType is the file_type of a directory entry.
+type FileType uint8
+
+// Types of files as directory entries have them. A file system without the
+// filetype feature has TypeUnknown alone.
+const (
+	TypeUnknown FileType = iota
+	TypeRegular
+	TypeDir
+	TypeChar
+	TypeBlock
+	TypeFifo
+	TypeSocket
+	TypeSymlink
+)
+
+// Dirent is an entry of a directory.
+type Dirent struct {
+	Ino  Ino
+	Type FileType // as the entry says, which the inode need not agree with
+	Name string   // any bytes but NUL and slash, at most 255
+}
+
+// dirEntry is an entry as it lies in a block.
+type dirEntry struct {
+	ino    Ino
+	recLen int
+	name   []byte // in the block
+	ftype  uint8
+	off    int // in the block
+}
+
+// parseDirent reads the entry at off of a directory block, whose end its
+// rec_len does not exceed.
+func parseDirent(p place, s *Superblock, b []byte, off int) (dirEntry, error) {
+	if len(b)-off < 8 {
+		return dirEntry{}, p.corrupt("rec_len", "leaves %d bytes at the end of the block", len(b)-off)
+	}
+	e := b[off:]
+	d := dirEntry{ino: Ino(binary.LittleEndian.Uint32(e)), recLen: parseRecLen(e[4:], len(b)), off: off}
+	nameLen := int(e[6])
+	if s.Incompat&IncompatFiletype != 0 {
+		d.ftype = e[7]
+	} else {
+		nameLen |= int(e[7]) << 8
+	}
+	switch {
+	case d.recLen < 8 || d.recLen%4 != 0 || d.recLen > len(e):
+		return d, p.corrupt("rec_len", "%d at offset %d, expected a multiple of 4 up to %d", d.recLen, off, len(e))
+	case d.ino == 0:
+		return d, nil
+	case direntLen(nameLen) > d.recLen || nameLen == 0 || nameLen > maxNameLen:
+		return d, p.corrupt("name_len", "%d at offset %d, and rec_len is %d", nameLen, off, d.recLen)
+	case uint32(d.ino) > s.InodesCount:
+		return d, p.corrupt("inode", "%d at offset %d, and there are %d", d.ino, off, s.InodesCount)
+	}
+	d.name = e[8 : 8+nameLen]
+	for _, c := range d.name {
+		if c == 0 || c == '/' {
+			return d, p.corrupt("name", "%q at offset %d", d.name, off)
+		}
+	}
+	return d, nil
+}
+
+// parseRecLen reads a rec_len, which in blocks of 64 KiB and more has two more
+// bits in its low end (kernel: fs/ext4/ext4.h, ext4_rec_len_from_disk).
+func parseRecLen(b []byte, blockSize int) int {
+	n := int(binary.LittleEndian.Uint16(b))
+	if blockSize < 64<<10 {
+		return n
+	}
+	if n == 0xffff || n == 0 {
+		return blockSize
+	}
+	return n&^3 | n&3<<16
+}
+
+// eachDirent calls fn with the entries of a directory block that are in use.
+// fn returns false to stop.
+func eachDirent(p place, s *Superblock, b []byte, fn func(dirEntry) bool) error {
+	for off := 0; off < len(b); {
+		d, err := parseDirent(p, s, b, off)
+		if err != nil {
+			return err
+		}
+		if d.ino != 0 && !fn(d) {
+			return nil
+		}
+		off += d.recLen
+	}
+	return nil
+}
+
+// direntTail returns the checksum of a directory block; ok is false for a
+// block that has none.
+func direntTail(b []byte) (sum uint32, ok bool) {
+	le := binary.LittleEndian
+	t := b[len(b)-direntTailLen:]
+	if le.Uint32(t) != 0 || le.Uint16(t[4:]) != direntTailLen || le.Uint16(t[6:]) != 0xde00 {
+		return 0, false
+	}
+	return le.Uint32(t[8:]), true
+}
+
+// isDxBlock reports whether a block of an indexed directory is part of the
+// index.
+func isDxBlock(b []byte, logical int64) bool {
+	return logical == 0 || binary.LittleEndian.Uint32(b) == 0 && parseRecLen(b[4:], len(b)) == len(b)
+}
+
+// dirBlock reads a block of a directory and verifies its checksum.
+func (f *FS) dirBlock(n *Inode, logical, block int64) ([]byte, error) {
+	b, err := f.block(block)
+	if err != nil || !f.sb.hasCsum() || f.ignoreChecksums {
+		return b, err
+	}
+	if n.Flags&indexFl != 0 && isDxBlock(b, logical) {
+		return b, verifyDxBlock(place{"htree block", n.Ino, block}, f.sb, n, b)
+	}
+	return b, verifyDirBlock(place{"directory block", n.Ino, block}, f.sb, n, b)
+}
+
+// verifyDirBlock compares a block of entries with its checksum.
+func verifyDirBlock(p place, s *Superblock, n *Inode, b []byte) error {
+	found, ok := direntTail(b)
+	if !ok {
+		return &FormatError{p.name, p.ino, p.block, "", "has no entry with a checksum at its end", ErrChecksum}
+	}
+	if want := crc32c(s.inodeSeed(n.Ino, n.Generation), b[:len(b)-direntTailLen]); found != want {
+		return p.checksum(found, want)
+	}
+	return nil
+}
+
+// Entries returns the entries of a directory in the order in which they lie
+// there, without "." and "..". What cannot be read is an error in their midst,
+// and the entries of the other blocks follow; only where there can be none is
+// the error the last. Names are those of the directory: two entries can have
+// the same one in a damaged directory.
+func (f *FS) Entries(dir Ino) iter.Seq2[Dirent, error] {
+	return func(yield func(Dirent, error) bool) {
+		n, err := f.dir(dir)
+		if err != nil {
+			yield(Dirent{}, err)
+			return
+		}
+		f.eachEntry(n, yield)
+	}
+}
+
+// dir reads the inode of a directory whose names can be read.
+func (f *FS) dir(ino Ino) (*Inode, error) {
+	n, err := f.Inode(ino)
+	switch {
+	case err != nil:
+		return nil, err
+	case !n.IsDir():
+		return nil, ErrNotDir
+	case n.Flags&encryptFl != 0:
+		return nil, &FormatError{"names", n.Ino, -1, "", "are encrypted", ErrEncrypted}
+	}
+	return n, nil
+}
+
+// eachEntry yields the entries of a directory.
+func (f *FS) eachEntry(n *Inode, yield func(Dirent, error) bool) {
+	more := true
+	entries := func(p place, b []byte) {
+		err := eachDirent(p, f.sb, b, func(d dirEntry) bool {
+			if name := string(d.name); name != "." && name != ".." {
+				more = yield(Dirent{d.ino, FileType(d.ftype), name}, nil)
+			}
+			return more
+		})
+		if err != nil && more {
+			more = yield(Dirent{}, err)
+		}
+	}
+	if n.Flags&inlineDataFl != 0 {
+		f.eachInlineDirPart(n, entries, func(err error) { more = yield(Dirent{}, err) })
+		return
+	}
+	f.eachDirBlock(n, func(logical, block int64, b []byte, err error) bool {
+		if err != nil {
+			more = yield(Dirent{}, err)
+		} else {
+			entries(place{"directory block", n.Ino, block}, b)
+		}
+		return more
+	})
+}
+
+// eachDirBlock calls fn with every block of a directory that is not inline,
+// or with an error in its place: one for all blocks of a hole, or of a part of
+// the map that cannot be read. fn returns false to stop.
+func (f *FS) eachDirBlock(n *Inode, fn func(logical, block int64, b []byte, err error) bool) {
+	bs := int64(f.sb.BlockSize)
+	end := n.Size / bs // at most the blocks of the file system: parseInode
+	for logical := int64(0); logical < end; {
+		m, err := f.mapping(n, logical)
+		if err != nil {
+			fn(logical, 0, nil, err)
+			return
+		}
+		for ; logical < min(m.to, end); logical++ {
+			e := m.at(logical)
+			if e.physical == 0 || e.unwritten {
+				err := place{"directory", n.Ino, -1}.corrupt("", "has a hole of %d blocks at its block %d", e.len, logical)
+				logical += e.len - 1
+				if !fn(logical, 0, nil, err) {
+					return
+				}
+				continue
+			}
+			b, err := f.dirBlock(n, logical, e.physical)
+			if !fn(logical, e.physical, b, err) {
+				return
+			}
+		}
+	}
 }

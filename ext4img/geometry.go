@@ -200,7 +200,10 @@ func (g *geometry) inodeTableBlocks() int64 { return g.inodesPerGroup * inodeSiz
 
 // hasSuper reports whether a group has a copy of superblock and descriptors:
 // groups 0 and 1 and the powers of 3, 5 and 7 (sparse_super).
-func (g *geometry) hasSuper(i int64) bool {
+func (g *geometry) hasSuper(i int64) bool { return isSparseGroup(i) }
+
+// isSparseGroup reports whether a group is 0, 1 or a power of 3, 5 or 7.
+func isSparseGroup(i int64) bool {
 	if i <= 1 {
 		return true
 	}

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"encoding/binary"
 	"slices"
+	"sort"
 )
 
 // An indexed directory is an htree: block 0 is the root, then come the other
@@ -200,4 +201,231 @@ func (h *htree) putIndex(l *Layout, block []byte, ino uint32, off, limit, level,
 	crc := crc32c(l.inodeSeed(ino), block[:off+count*dxEntryLen])
 	crc = crc32c(crc, make([]byte, dxTailLen))
 	binary.LittleEndian.PutUint32(block[off+limit*dxEntryLen+4:], crc)
+}
+
+// maxHtreeLevels is the most index blocks on the way to a leaf: the root, one
+// below it, and one more with the large_dir feature.
+func (s *Superblock) maxHtreeLevels() int {
+	if s.Incompat&IncompatLargedir != 0 {
+		return 3
+	}
+	return 2
+}
+
+// dxNode is an index block: what its entries lead to. The first entry has no
+// hash; it covers what is below the second's.
+type dxNode struct {
+	off   int // of the entries
+	limit int
+	count int
+	b     []byte
+}
+
+func (d dxNode) entry(i int) (hash uint32, block int64) {
+	e := d.b[d.off+i*dxEntryLen:]
+	if i > 0 {
+		hash = binary.LittleEndian.Uint32(e)
+	}
+	return hash, int64(binary.LittleEndian.Uint32(e[4:]) & 0x0fffffff)
+}
+
+// dxEntriesOff is where the entries of an index block begin; 0 for a block
+// that has none. Where they begin also tells the root, whose "." has a rec_len
+// of 12, from other index blocks.
+func dxEntriesOff(b []byte) int {
+	switch parseRecLen(b[4:], len(b)) {
+	case 12:
+		if parseRecLen(b[12+4:], len(b)) == len(b)-12 && b[dxRootInfoOff+5] == 8 {
+			return dxRootEntries
+		}
+	case len(b):
+		return dxNodeEntries
+	}
+	return 0
+}
+
+// parseDxNode reads an index block. Its entries lie inside of it.
+func parseDxNode(p place, s *Superblock, b []byte) (dxNode, error) {
+	d := dxNode{off: dxEntriesOff(b), b: b}
+	if d.off == 0 {
+		return d, p.corrupt("", "is no index block")
+	}
+	d.limit = int(binary.LittleEndian.Uint16(b[d.off:]))
+	d.count = int(binary.LittleEndian.Uint16(b[d.off+2:]))
+	fit := len(b) - d.off
+	if s.hasCsum() {
+		fit -= dxTailLen
+	}
+	if d.limit > fit/dxEntryLen {
+		return d, p.corrupt("limit", "%d, expected at most %d", d.limit, fit/dxEntryLen)
+	}
+	if d.count < 1 || d.count > d.limit {
+		return d, p.corrupt("count", "%d, expected 1 to %d", d.count, d.limit)
+	}
+	return d, nil
+}
+
+// dxChecksum is what the checksum of an index block has to be: of the entries
+// in use, and of a tail whose checksum is 0 (kernel: fs/ext4/namei.c,
+// ext4_dx_csum).
+func dxChecksum(s *Superblock, n *Inode, d dxNode) uint32 {
+	crc := crc32c(s.inodeSeed(n.Ino, n.Generation), d.b[:d.off+d.count*dxEntryLen])
+	tail := d.off + d.limit*dxEntryLen
+	crc = crc32c(crc, d.b[tail:tail+4])
+	return crc32c(crc, make([]byte, 4))
+}
+
+// verifyDxBlock compares an index block with its checksum.
+func verifyDxBlock(p place, s *Superblock, n *Inode, b []byte) error {
+	d, err := parseDxNode(p, s, b)
+	if err != nil {
+		return err
+	}
+	want := dxChecksum(s, n, d)
+	if found := binary.LittleEndian.Uint32(b[d.off+d.limit*dxEntryLen+4:]); found != want {
+		return p.checksum(found, want)
+	}
+	return nil
+}
+
+// dxRoot is the root of an index.
+type dxRoot struct {
+	dxNode
+	version int // of the hash, hashUnsigned added where the superblock says so
+	levels  int // of index blocks below the root
+}
+
+// parseDxRoot reads block 0 of an indexed directory.
+func parseDxRoot(p place, s *Superblock, b []byte) (dxRoot, error) {
+	node, err := parseDxNode(p, s, b)
+	if err != nil {
+		return dxRoot{}, err
+	}
+	if node.off != dxRootEntries {
+		return dxRoot{}, p.corrupt("", "is no root of an index")
+	}
+	info := b[dxRootInfoOff:]
+	r := dxRoot{node, int(info[4]), int(info[6])}
+	switch {
+	case info[7]&1 != 0:
+		return r, p.corrupt("unused_flags", "%#x", info[7])
+	case r.levels >= s.maxHtreeLevels():
+		return r, p.corrupt("indirect_levels", "%d, expected less than %d", r.levels, s.maxHtreeLevels())
+	}
+	if r.version <= hashVersionTEA && s.Flags&unsignedHash != 0 {
+		r.version += hashUnsigned
+	}
+	return r, nil
+}
+
+// dxFind looks a name up by the index of a directory. It returns nil where
+// there is no such entry.
+func (f *FS) dxFind(n *Inode, name string) (*dirEntry, error) {
+	b, block, err := f.dirBlockAt(n, 0)
+	if err != nil {
+		return nil, err
+	}
+	p := place{"htree root", n.Ino, block}
+	root, err := parseDxRoot(p, f.sb, b)
+	if err != nil {
+		return nil, err
+	}
+	hash, ok := dirhashVersion(root.version, []byte(name), &f.sb.HashSeed)
+	if !ok {
+		return nil, p.unsupported("hash_version", "%d", root.version)
+	}
+	// Leaves of the hash follow each other as long as the lowest bit of the
+	// next one's hash says so; the way to the next one can lead up.
+	type step struct {
+		dxNode
+		at int
+	}
+	path := []step{{root.dxNode, 0}}
+	for i := 0; ; i++ {
+		s := &path[i]
+		s.at = sort.Search(s.count-1, func(k int) bool { h, _ := s.entry(k + 1); return h > hash })
+		if i == root.levels {
+			break
+		}
+		child, err := f.dxChild(n, s.dxNode, s.at)
+		if err != nil {
+			return nil, err
+		}
+		path = append(path, step{child, 0})
+	}
+	for range n.Size / int64(f.sb.BlockSize) { // each leaf once
+		_, logical := path[root.levels].entry(path[root.levels].at)
+		b, block, err := f.dirBlockAt(n, logical)
+		if err != nil {
+			return nil, err
+		}
+		d, err := findDirent(place{"directory block", n.Ino, block}, f.sb, b, name)
+		if d != nil || err != nil {
+			return d, err
+		}
+		i := root.levels
+		for i >= 0 && path[i].at+1 == path[i].count {
+			i--
+		}
+		if i < 0 {
+			return nil, nil
+		}
+		path[i].at++
+		if h, _ := path[i].entry(path[i].at); h != hash|1 {
+			return nil, nil
+		}
+		for ; i < root.levels; i++ {
+			child, err := f.dxChild(n, path[i].dxNode, path[i].at)
+			if err != nil {
+				return nil, err
+			}
+			path[i+1] = step{child, 0}
+		}
+	}
+	return nil, p.corrupt("", "has more leaves of one hash than the directory has blocks")
+}
+
+// dxChild reads the index block that an entry leads to.
+func (f *FS) dxChild(n *Inode, d dxNode, i int) (dxNode, error) {
+	_, logical := d.entry(i)
+	b, block, err := f.dirBlockAt(n, logical)
+	if err != nil {
+		return dxNode{}, err
+	}
+	p := place{"htree node", n.Ino, block}
+	child, err := parseDxNode(p, f.sb, b)
+	if err == nil && child.off != dxNodeEntries {
+		err = p.corrupt("", "is no node of an index")
+	}
+	return child, err
+}
+
+// dirBlockAt reads the block of a directory that has that logical number.
+func (f *FS) dirBlockAt(n *Inode, logical int64) (b []byte, block int64, err error) {
+	p := place{"directory", n.Ino, -1}
+	if end := n.Size / int64(f.sb.BlockSize); logical >= end {
+		return nil, 0, p.corrupt("", "has %d blocks, and its index leads to block %d", end, logical)
+	}
+	m, err := f.mapping(n, logical)
+	if err != nil {
+		return nil, 0, err
+	}
+	e := m.at(logical)
+	if e.physical == 0 || e.unwritten {
+		return nil, 0, p.corrupt("", "has a hole at its block %d", logical)
+	}
+	b, err = f.dirBlock(n, logical, e.physical)
+	return b, e.physical, err
+}
+
+// findDirent returns the entry of a block that has a name, or nil.
+func findDirent(p place, s *Superblock, b []byte, name string) (*dirEntry, error) {
+	var found *dirEntry
+	err := eachDirent(p, s, b, func(d dirEntry) bool {
+		if string(d.name) == name {
+			found = &d
+		}
+		return found == nil
+	})
+	return found, err
 }

@@ -1,13 +1,21 @@
 package ext4img
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+	"fmt"
+	"time"
+)
 
 // i_flags.
 const (
-	indexFl    = 0x1000   // the directory has an htree
-	hugeFileFl = 0x40000  // i_blocks counts file system blocks
-	extentsFl  = 0x80000  // i_block holds an extent tree
-	eaInodeFl  = 0x200000 // the inode holds the value of an xattr
+	comprFl      = 0x4        // compressed, by patches that the kernel never had
+	encryptFl    = 0x800      // names or contents are encrypted
+	indexFl      = 0x1000     // the directory has an htree
+	hugeFileFl   = 0x40000    // i_blocks counts file system blocks
+	extentsFl    = 0x80000    // i_block holds an extent tree
+	eaInodeFl    = 0x200000   // the inode holds the value of an xattr
+	inlineDataFl = 0x10000000 // i_block and an xattr hold the content
+	casefoldFl   = 0x40000000 // names of the directory are the same in upper and lower case
 )
 
 // i_mode: the type of a file.
@@ -196,4 +204,237 @@ func (f *filler) putInode(b []byte, ino uint32) {
 		}
 	}
 	n.put(l, b, ino)
+}
+
+// Inode is what an inode says (kernel:
+// Documentation/filesystems/ext4/inodes.rst). It is not changed once it was
+// read.
+type Inode struct {
+	Ino        Ino
+	Mode       uint16    // 0x0: i_mode: type and permissions, in the numbers of Linux
+	UID, GID   uint32    // 0x2, 0x18, 0x78
+	Size       int64     // 0x4, 0x6c: i_size in bytes
+	Links      uint16    // 0x1a: i_links_count
+	Blocks     int64     // 0x1c, 0x74: i_blocks in units of 512 bytes, metadata of the file included
+	Flags      uint32    // 0x20: i_flags
+	Generation uint32    // 0x64: i_generation
+	FileACL    int64     // 0x68, 0x76: i_file_acl: the block that holds xattrs, or 0
+	Atime      time.Time // 0x8, 0x8c
+	Ctime      time.Time // 0xc, 0x84
+	Mtime      time.Time // 0x10, 0x88
+	Crtime     time.Time // 0x90: zero in inodes that are too short for it
+	Dtime      uint32    // 0x14: i_dtime: time of deletion, or the next orphan
+	Version    uint64    // 0x24, 0x98: i_version
+	ProjID     uint32    // 0x9c: i_projid
+
+	extraIsize int    // 0x80: i_extra_isize; 0 in short inodes
+	raw        []byte // all of it, as on the device
+}
+
+// Offsets of fields in an inode.
+const (
+	inodeBlockOff = 0x28 // i_block
+	inodeBlockLen = 60
+)
+
+// block returns i_block.
+func (n *Inode) block() []byte { return n.raw[inodeBlockOff : inodeBlockOff+inodeBlockLen] }
+
+// Type returns the type of the file as its mode has it, without permissions.
+func (n *Inode) Type() uint16 { return n.Mode & modeType }
+
+// IsDir reports whether the inode is a directory.
+func (n *Inode) IsDir() bool { return n.Type() == modeDir }
+
+// IsRegular reports whether the inode is a regular file.
+func (n *Inode) IsRegular() bool { return n.Type() == modeReg }
+
+// IsSymlink reports whether the inode is a symlink.
+func (n *Inode) IsSymlink() bool { return n.Type() == modeLink }
+
+// Rdev returns the numbers of a device node; 0, 0 for other inodes.
+func (n *Inode) Rdev() (major, minor uint32) {
+	if t := n.Type(); t != modeChar && t != modeBlock {
+		return 0, 0
+	}
+	le := binary.LittleEndian
+	if old := le.Uint32(n.block()); old != 0 {
+		return old >> 8 & 0xff, old & 0xff
+	}
+	dev := le.Uint32(n.block()[4:])
+	return dev >> 8 & 0xfff, dev&0xff | dev>>12&0xfff00
+}
+
+// parseInode reads an inode of s.InodeSize bytes, which it keeps. Its checksum
+// was verified.
+func parseInode(s *Superblock, ino Ino, b []byte, block int64) (*Inode, error) {
+	le := binary.LittleEndian
+	p := place{"inode", ino, block}
+	n := &Inode{
+		Ino:        ino,
+		Mode:       le.Uint16(b),
+		UID:        uint32(le.Uint16(b[2:])) | uint32(le.Uint16(b[0x78:]))<<16,
+		GID:        uint32(le.Uint16(b[0x18:])) | uint32(le.Uint16(b[0x7a:]))<<16,
+		Links:      le.Uint16(b[0x1a:]),
+		Blocks:     int64(le.Uint32(b[0x1c:])),
+		Flags:      le.Uint32(b[0x20:]),
+		Generation: le.Uint32(b[0x64:]),
+		FileACL:    int64(le.Uint32(b[0x68:])),
+		Dtime:      le.Uint32(b[0x14:]),
+		Version:    uint64(le.Uint32(b[0x24:])),
+		raw:        b,
+	}
+	if len(b) > oldInodeSize {
+		n.extraIsize = int(le.Uint16(b[0x80:]))
+		if n.extraIsize > len(b)-oldInodeSize || n.extraIsize%4 != 0 {
+			return nil, p.corrupt("i_extra_isize", "%d, expected a multiple of 4 up to %d", n.extraIsize, len(b)-oldInodeSize)
+		}
+	}
+	// Fields that not all inodes are long enough for.
+	extra := func(off int) uint32 {
+		if off+4 > oldInodeSize+n.extraIsize {
+			return 0
+		}
+		return le.Uint32(b[off:])
+	}
+	n.Atime = decodeTime(le.Uint32(b[0x8:]), extra(0x8c))
+	n.Ctime = decodeTime(le.Uint32(b[0xc:]), extra(0x84))
+	n.Mtime = decodeTime(le.Uint32(b[0x10:]), extra(0x88))
+	if 0x94 <= oldInodeSize+n.extraIsize {
+		n.Crtime = decodeTime(extra(0x90), extra(0x94))
+	}
+	n.Version |= uint64(extra(0x98)) << 32
+	if s.ROCompat&ROCompatProject != 0 {
+		n.ProjID = extra(0x9c)
+	}
+
+	n.Size = int64(le.Uint32(b[4:]))
+	if n.IsRegular() || n.IsDir() && s.Incompat&IncompatLargedir != 0 {
+		size := uint64(n.Size) | uint64(le.Uint32(b[0x6c:]))<<32
+		if limit := uint64(s.BlockSize) << 32; size > limit && ino != resizeIno {
+			return nil, p.corrupt("i_size", "%d, expected at most %d", size, limit)
+		}
+		n.Size = int64(size)
+	}
+	if s.ROCompat&ROCompatHugeFile != 0 {
+		n.Blocks |= int64(le.Uint16(b[0x74:])) << 32
+		if n.Flags&hugeFileFl != 0 {
+			n.Blocks *= int64(s.BlockSize / 512)
+		}
+	}
+	if s.Incompat&Incompat64bit != 0 {
+		n.FileACL |= int64(le.Uint16(b[0x76:])) << 32
+	}
+	if n.IsDir() && n.Size > s.BlocksCount*int64(s.BlockSize) {
+		return nil, p.corrupt("i_size", "%d of a directory, and the file system has %d bytes", n.Size, s.BlocksCount*int64(s.BlockSize))
+	}
+	return n, nil
+}
+
+// decodeTime is the time of a field and its *_extra field.
+func decodeTime(sec, extra uint32) time.Time {
+	return time.Unix(int64(int32(sec))+int64(extra&3)<<32, int64(extra>>2))
+}
+
+// inodeChecksum is what the checksum of an inode has to be: all 32 bits of
+// it, of which a short inode has the low half.
+func inodeChecksum(s *Superblock, ino Ino, b []byte) uint32 {
+	zero := []byte{0, 0}
+	crc := crc32c(s.inodeSeed(ino, binary.LittleEndian.Uint32(b[0x64:])), b[:0x7c])
+	crc = crc32c(crc, zero)
+	if !hasChecksumHi(b) {
+		return crc32c(crc, b[0x7e:])
+	}
+	crc = crc32c(crc, b[0x7e:0x82])
+	crc = crc32c(crc, zero)
+	return crc32c(crc, b[0x84:])
+}
+
+// hasChecksumHi reports whether an inode is long enough for i_checksum_hi.
+func hasChecksumHi(b []byte) bool {
+	return len(b) > oldInodeSize && binary.LittleEndian.Uint16(b[0x80:]) >= 4
+}
+
+// putInodeChecksum makes the checksum of an inode right.
+func putInodeChecksum(s *Superblock, ino Ino, b []byte) {
+	crc := inodeChecksum(s, ino, b)
+	binary.LittleEndian.PutUint16(b[0x7c:], uint16(crc))
+	if hasChecksumHi(b) {
+		binary.LittleEndian.PutUint16(b[0x82:], uint16(crc>>16))
+	}
+}
+
+// verifyInode compares an inode with its checksum. An inode of zeroes, which
+// was never in use, has none.
+func verifyInode(s *Superblock, ino Ino, b []byte, block int64) error {
+	want := inodeChecksum(s, ino, b)
+	found := uint32(binary.LittleEndian.Uint16(b[0x7c:]))
+	if hasChecksumHi(b) {
+		found |= uint32(binary.LittleEndian.Uint16(b[0x82:])) << 16
+	} else {
+		want &= 0xffff
+	}
+	if found == want || isZero(b) {
+		return nil
+	}
+	return place{"inode", ino, block}.checksum(found, want)
+}
+
+func isZero(b []byte) bool {
+	for _, c := range b {
+		if c != 0 {
+			return false
+		}
+	}
+	return true
+}
+
+// inodePlace returns the block that holds an inode, and where in it.
+func (f *FS) inodePlace(ino Ino) (block int64, off int, err error) {
+	s := f.sb
+	if ino < 1 || uint32(ino) > s.InodesCount {
+		return 0, 0, place{"inode", ino, -1}.corrupt("", "the file system has inodes 1 to %d", s.InodesCount)
+	}
+	group, index := int64(ino-1)/int64(s.InodesPerGroup), int64(ino-1)%int64(s.InodesPerGroup)
+	d, err := f.groupDesc(group)
+	if err != nil {
+		return 0, 0, err
+	}
+	byteOff := index * int64(s.InodeSize)
+	return d.inodeTable + byteOff/int64(s.BlockSize), int(byteOff % int64(s.BlockSize)), nil
+}
+
+// rawInode returns an inode as it is on the device, its checksum verified. It
+// must not be changed.
+func (f *FS) rawInode(ino Ino) (b []byte, block int64, err error) {
+	block, off, err := f.inodePlace(ino)
+	if err != nil {
+		return nil, 0, err
+	}
+	b, err = f.block(block)
+	if err != nil {
+		return nil, 0, fmt.Errorf("ext4: inode %d: %w", ino, err)
+	}
+	b = b[off : off+f.sb.InodeSize]
+	if f.sb.hasCsum() && !f.ignoreChecksums {
+		err = verifyInode(f.sb, ino, b, block)
+	}
+	return b, block, err
+}
+
+// Inode reads an inode. One that is not in use is an error that matches
+// ErrCorrupt: nothing sound leads to it.
+func (f *FS) Inode(ino Ino) (*Inode, error) {
+	b, block, err := f.rawInode(ino)
+	if err != nil {
+		return nil, err
+	}
+	n, err := parseInode(f.sb, ino, append([]byte(nil), b...), block)
+	if err != nil {
+		return nil, err
+	}
+	if n.Mode == 0 || n.Links == 0 {
+		return nil, place{"inode", ino, block}.corrupt("", "is not in use")
+	}
+	return n, nil
 }
