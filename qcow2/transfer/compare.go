@@ -116,10 +116,11 @@ func (x *extents) at(off int64) (blockdev.Extent, error) {
 		return blockdev.Extent{Off: off, Len: 1<<63 - 1 - off, Kind: blockdev.Unallocated}, nil
 	}
 	if off < x.last.Off || off >= x.last.Off+x.last.Len {
-		var err error
-		if x.last, err = blockdev.NextExtent(x.disk, off); err != nil {
-			return x.last, err
+		next, err := blockdev.NextExtent(x.disk, off)
+		if err != nil {
+			return next, err
 		}
+		x.last = next
 	}
 	e := x.last
 	e.Off, e.Len = off, x.last.Off+x.last.Len-off

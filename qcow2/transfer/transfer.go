@@ -250,13 +250,17 @@ func (c *copier) fail(err error) {
 // take returns the next piece; ok is false if there is none, or after an error.
 func (c *copier) take(ctx context.Context) (p piece, ok bool) {
 	c.mu.Lock()
+	if c.err != nil {
+		c.mu.Unlock()
+		return p, false
+	}
 	p, err := c.nextPiece(ctx)
-	ok = c.err == nil && err == nil && p.n > 0
 	c.mu.Unlock()
 	if err != nil {
 		c.fail(err)
+		return p, false
 	}
-	return p, ok
+	return p, p.n > 0
 }
 
 // nextPiece finds the next piece: whole units of the target, of one kind, or
@@ -302,11 +306,13 @@ func (c *copier) nextPiece(ctx context.Context) (piece, error) {
 func (c *copier) look(off int64) (blockdev.Extent, pieceKind, error) {
 	e := &c.extent
 	if off < e.Off || off >= e.Off+e.Len {
-		var err error
-		if *e, err = blockdev.NextExtent(c.src, off); err != nil {
-			if c.opts.Salvage == nil {
-				return *e, 0, &ReadError{Off: off, Extents: true, Err: err}
-			}
+		next, err := blockdev.NextExtent(c.src, off)
+		switch {
+		case err == nil:
+			*e = next
+		case c.opts.Salvage == nil:
+			return next, 0, &ReadError{Off: off, Extents: true, Err: err}
+		default:
 			// What it is made of cannot be told: it is tried in parts.
 			*e = blockdev.Extent{Off: off, Len: min(512, c.size-off), Kind: blockdev.Data}
 		}

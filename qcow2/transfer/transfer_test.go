@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -317,6 +318,44 @@ func TestCopyReadErrors(t *testing.T) {
 					t.Errorf("%s: what was not copied was finished: %v", name, err)
 				}
 			}
+		}
+	}
+}
+
+// lyingDisk is data whose extents cannot be told once: it is said to be zeroes
+// beside the error.
+type lyingDisk struct {
+	*blockdev.Memory
+	calls *atomic.Int32
+	bad   int32
+}
+
+func (d lyingDisk) NextExtent(off int64) (blockdev.Extent, error) {
+	e := blockdev.Extent{Off: off, Len: d.Size() - off, Kind: blockdev.Zero}
+	if d.calls.Add(1) == d.bad {
+		return e, errBad
+	}
+	e.Len, e.Kind = min(e.Len, 512), blockdev.Data
+	return e, nil
+}
+
+// What comes with an error is not taken for an extent, by no worker.
+func TestCopyExtentErrors(t *testing.T) {
+	data, old := bytes.Repeat([]byte{1}, 1<<20), bytes.Repeat([]byte{2}, 1<<20)
+	for i := range 500 {
+		src := lyingDisk{blockdev.NewMemory(1 << 20), new(atomic.Int32), int32(1 + i%3)}
+		if _, err := src.WriteAt(data, 0); err != nil {
+			t.Fatal(err)
+		}
+		dst := blockdev.NewMemory(1 << 20)
+		if _, err := dst.WriteAt(old, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := transfer.Copy(t.Context(), dst, src, &transfer.Options{Workers: 16}); !errors.Is(err, errBad) {
+			t.Fatal(err)
+		}
+		if at := bytes.IndexByte(bytesOf(t, dst), 0); at >= 0 {
+			t.Fatalf("run %d: zeroes at %d, which the source has not", i, at)
 		}
 	}
 }
