@@ -20,3 +20,28 @@ func crc16(crc uint16, b []byte) uint16 {
 	}
 	return crc
 }
+
+// crc32BE is the CRC-32 of Ethernet, high bit first, without inversion at the
+// end: the checksums v1 of a journal (kernel: lib/crc32.c, crc32_be).
+type crc32BE struct {
+	crc   uint32
+	table [256]uint32
+}
+
+func newCRC32BE() *crc32BE {
+	c := &crc32BE{crc: ^uint32(0)}
+	for i := range c.table {
+		n := uint32(i) << 24
+		for range 8 {
+			n = n<<1 ^ 0x04c11db7*(n>>31)
+		}
+		c.table[i] = n
+	}
+	return c
+}
+
+func (c *crc32BE) update(b []byte) {
+	for _, x := range b {
+		c.crc = c.crc<<8 ^ c.table[byte(c.crc>>24)^x]
+	}
+}

@@ -277,6 +277,33 @@ func (f *FS) dir(ino Ino) (*Inode, error) {
 
 // eachEntry yields the entries of a directory.
 func (f *FS) eachEntry(n *Inode, yield func(Dirent, error) bool) {
+	if d := f.fc.dir(n.Ino); d != nil {
+		f.eachFCEntry(n, d, yield)
+		return
+	}
+	f.eachStoredEntry(n, yield)
+}
+
+// eachFCEntry yields the entries of a directory that fast commits change.
+func (f *FS) eachFCEntry(n *Inode, d *fcDir, yield func(Dirent, error) bool) {
+	more := true
+	if !d.created {
+		f.eachStoredEntry(n, func(e Dirent, err error) bool {
+			if _, changed := d.names[e.Name]; !changed || err != nil {
+				more = yield(e, err)
+			}
+			return more
+		})
+	}
+	for _, name := range d.order {
+		if e := d.names[name]; more && e.Ino != 0 {
+			more = yield(e, nil)
+		}
+	}
+}
+
+// eachStoredEntry yields the entries of a directory as its blocks have them.
+func (f *FS) eachStoredEntry(n *Inode, yield func(Dirent, error) bool) {
 	more := true
 	entries := func(p place, b []byte) {
 		err := eachDirent(p, f.sb, b, func(d dirEntry) bool {

@@ -195,6 +195,11 @@ func (m *mapping) at(logical int64) extent {
 // mapping returns the part of an inode's map that a logical block, below
 // maxLogical, belongs to.
 func (f *FS) mapping(n *Inode, logical int64) (*mapping, error) {
+	if f.fc != nil {
+		if list, ok := f.fc.extents[n.Ino]; ok {
+			return &mapping{0, maxLogical, list}, nil
+		}
+	}
 	if n.Flags&extentsFl == 0 {
 		return f.blockMap(n, logical)
 	}

@@ -34,7 +34,8 @@ type FS struct {
 	sb              *Superblock
 	ignoreChecksums bool
 	cache           blockCache
-	journal         *overlay // nil: nothing to replay
+	journal         *overlay     // nil: nothing to replay
+	fc              *fastCommits // nil: none to replay
 }
 
 // Open reads the superblock of a device that holds a file system from its

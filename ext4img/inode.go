@@ -1,6 +1,7 @@
 package ext4img
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"time"
@@ -407,6 +408,9 @@ func (f *FS) inodePlace(ino Ino) (block int64, off int, err error) {
 // rawInode returns an inode as it is on the device, its checksum verified. It
 // must not be changed.
 func (f *FS) rawInode(ino Ino) (b []byte, block int64, err error) {
+	if f.fc != nil && f.fc.inodes[ino] != nil {
+		return f.fc.inodes[ino], -1, nil
+	}
 	block, off, err := f.inodePlace(ino)
 	if err != nil {
 		return nil, 0, err
@@ -422,19 +426,21 @@ func (f *FS) rawInode(ino Ino) (b []byte, block int64, err error) {
 	return b, block, err
 }
 
-// Inode reads an inode. One that is not in use is an error that matches
-// ErrCorrupt: nothing sound leads to it.
-func (f *FS) Inode(ino Ino) (*Inode, error) {
+// inode reads an inode, in use or not.
+func (f *FS) inode(ino Ino) (*Inode, error) {
 	b, block, err := f.rawInode(ino)
 	if err != nil {
 		return nil, err
 	}
-	n, err := parseInode(f.sb, ino, append([]byte(nil), b...), block)
-	if err != nil {
-		return nil, err
+	return parseInode(f.sb, ino, bytes.Clone(b), block)
+}
+
+// Inode reads an inode. One that is not in use is an error that matches
+// ErrCorrupt: nothing sound leads to it.
+func (f *FS) Inode(ino Ino) (*Inode, error) {
+	n, err := f.inode(ino)
+	if err == nil && (n.Mode == 0 || n.Links == 0) {
+		return nil, place{"inode", ino, -1}.corrupt("", "is not in use")
 	}
-	if n.Mode == 0 || n.Links == 0 {
-		return nil, place{"inode", ino, block}.corrupt("", "is not in use")
-	}
-	return n, nil
+	return n, err
 }

@@ -42,6 +42,13 @@ func (f *FS) lookup(n *Inode, name string) (Dirent, error) {
 	case len(name) > maxNameLen || name == "":
 		return Dirent{}, fs.ErrNotExist
 	}
+	if d := f.fc.dir(n.Ino); d != nil {
+		if e, ok := d.names[name]; ok && e.Ino != 0 {
+			return e, nil
+		} else if ok || d.created {
+			return Dirent{}, fs.ErrNotExist
+		}
+	}
 	var damage error
 	if n.Flags&indexFl != 0 && f.sb.Compat&CompatDirIndex != 0 && n.Flags&(casefoldFl|inlineDataFl) == 0 {
 		d, err := f.dxFind(n, name)
@@ -78,6 +85,9 @@ func (f *FS) lookup(n *Inode, name string) (Dirent, error) {
 
 // parent returns the entry ".." of a directory.
 func (f *FS) parent(n *Inode) (Dirent, error) {
+	if d := f.fc.dir(n.Ino); d != nil && d.created {
+		return Dirent{d.parent, TypeDir, ".."}, nil
+	}
 	if n.Flags&inlineDataFl != 0 {
 		return Dirent{inlineDirParent(n), TypeDir, ".."}, nil
 	}
