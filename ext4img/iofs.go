@@ -19,7 +19,7 @@ var (
 )
 
 // Open implements fs.FS. Symlinks are followed inside the file system. A
-// regular file is an io.ReaderAt, an io.Seeker and an io.WriterTo, too.
+// regular file is an io.ReaderAt and an io.Seeker, too.
 func (f *FS) Open(name string) (fs.File, error) {
 	n, err := f.stat("open", name, true)
 	if err != nil {
