@@ -33,8 +33,8 @@ var deflateEfforts = [...]deflate.Effort{
 var zstdLevels = [...]zstd.EncoderLevel{
 	0: zstd.SpeedDefault, 1: zstd.SpeedFastest,
 	2: zstd.SpeedDefault, 3: zstd.SpeedDefault, 4: zstd.SpeedDefault, 5: zstd.SpeedDefault,
-	6: zstd.SpeedBetterCompression, 7: zstd.SpeedBetterCompression,
-	8: zstd.SpeedBestCompression, 9: zstd.SpeedBestCompression,
+	6: zstd.SpeedBetterCompression, 7: zstd.SpeedBetterCompression, 8: zstd.SpeedBetterCompression,
+	9: zstd.SpeedBestCompression,
 }
 
 // compressor compresses clusters. It is safe for concurrent use.
@@ -57,10 +57,14 @@ func newCompressor(typ CompressionType, level int, clusterSize int64) (*compress
 		return &b
 	}
 	if typ == CompressionZstd {
-		var err error
 		// One frame without a checksum, as QEMU writes it.
-		c.zstd, err = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstdLevels[level]), zstd.WithEncoderCRC(false), zstd.WithLowerEncoderMem(true),
-			zstd.WithWindowSize(max(zstd.MinWindowSize, int(clusterSize))))
+		opts := []zstd.EOption{zstd.WithEncoderLevel(zstdLevels[level]), zstd.WithEncoderCRC(false), zstd.WithLowerEncoderMem(true),
+			zstd.WithWindowSize(max(zstd.MinWindowSize, int(clusterSize)))}
+		if zstdLevels[level] == zstd.SpeedBestCompression {
+			opts = append(opts, zstd.WithEncoderConcurrency(1)) // its tables take 34 MiB
+		}
+		var err error
+		c.zstd, err = zstd.NewWriter(nil, opts...)
 		return c, err
 	}
 	return c, nil

@@ -21,7 +21,7 @@ func transferCases() []imageCase {
 	zlib := convert("-f", "raw", "-O", "qcow2", "-c", "IN.raw", "IMAGE")
 	zstd := convert("-f", "raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd", "IN.raw", "IMAGE")
 	slower := func(args []string) []string {
-		return convert(append([]string{"--compression-level", "9"}, args[1:]...)...)
+		return convert(append([]string{"--compression-level", "8"}, args[1:]...)...)
 	}
 	return []imageCase{
 		{name: "raw->qcow2", args: convert("-f", "raw", "-O", "qcow2", "IN.raw", "IMAGE")},
