@@ -28,6 +28,8 @@ func TestDependencies(t *testing.T) {
 		"ext4img":                  {blockdev, sys},
 		"cloudimg/formats":         {"qimg/cloudimg/decomp", "qimg/qcow2", blockdev, klauspost},
 		"cloudimg/decomp":          {blockdev, klauspost, "github.com/ulikunitz/xz"},
+		"cloudimg/fat":             {blockdev},
+		"cloudimg/parttable":       {blockdev, "github.com/diskfs/go-diskfs/partition"},
 	}
 	forbidden := []string{"os/exec", "os/signal", "log", "flag", "reflect", "unsafe", "C"}
 	root := filepath.Join("..", "..")

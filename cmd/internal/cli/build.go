@@ -15,8 +15,6 @@ import (
 
 	"qimg/cmd/internal/term"
 	"qimg/ext4img"
-	"qimg/qcow2"
-	"qimg/qcow2/blockdev"
 )
 
 type buildOptions struct {
@@ -39,24 +37,38 @@ type buildOptions struct {
 	skipUnreadable bool
 	quiet          bool
 	progress       string
+
+	partition     string
+	partitionType string
+	align         string
+	disk          string
+	inPlace       bool
 }
 
 func newBuild(host Host) *cobra.Command {
 	o := buildOptions{}
 	cmd := &cobra.Command{
-		Use:   "build SOURCE OUTPUT",
+		Use:   "build [SOURCE | --disk FILE.json] OUTPUT",
 		Short: "Make a disk with an ext4 file system from a directory",
 		Long: "Make a disk with an ext4 file system that holds what the directory SOURCE holds.\n" +
 			"OUTPUT is complete or not there: an older file is replaced at the very end. Its\n" +
-			"extension tells the format: .qcow2; .raw, .img or .ext4 for raw.\n\n" +
+			"extension tells the format: .qcow2; .raw, .img or .ext4 for raw. - is standard output,\n" +
+			"for a raw disk, and a block device is overwritten with -n.\n\n" +
 			"The same tree and the same options make the same bytes. Access times are not\n" +
 			"kept, and SOURCE_DATE_EPOCH is an upper bound for all others. What the user may\n" +
 			"not see is not packed: trusted extended attributes show for root alone.\n\n" +
-			"Sizes are bytes, or have one of the suffixes k, M, G, T, P, E (powers of 1024).",
+			"Sizes are bytes, or have one of the suffixes k, M, G, T, P, E (powers of 1024).\n\n" +
+			diskHelp,
 		Example: "  qimg build ./workload data.qcow2\n" +
 			"  qimg build --owner 1000 --free 2G --label data ./workload data.qcow2\n" +
-			"  qimg build -c --compression zstd --minimize ./workload small.qcow2",
+			"  qimg build -c --compression zstd --minimize ./workload small.qcow2\n" +
+			"  qimg build --partition gpt --partition-type linux-root-x86-64 ./root root.qcow2\n" +
+			"  qimg build ./workload - | zstd >data.raw.zst\n" +
+			"  qimg build --disk disk.json disk.qcow2",
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if cmd.Flags().Changed("disk") {
+				return runBuildDisk(cmd.Context(), host, &o, cmd.Flags().Changed, args)
+			}
 			return runBuild(cmd.Context(), host, &o, cmd.Flags().Changed, args)
 		},
 	}
@@ -78,6 +90,11 @@ func newBuild(host Host) *cobra.Command {
 	f.StringVar(&o.blockSize, "block-size", "4k", "ext4 block size: 1k, 2k or 4k")
 	f.BoolVar(&o.noJournal, "no-journal", false, "make no journal")
 	f.StringVar(&o.reserved, "reserved", "0", "percent of the blocks that only root can use")
+	f.StringVar(&o.partition, "partition", "none", "put the file system into a partition of a table: gpt or mbr; none: it fills the disk")
+	f.StringVar(&o.partitionType, "partition-type", "linux", "type of that partition: linux, linux-root-x86-64, esp ..., a GUID, or for mbr a byte in hexadecimal digits")
+	f.StringVar(&o.align, "align", "1M", "the partition begins at a multiple of it")
+	f.StringVar(&o.disk, "disk", "", "make a disk of several partitions, as this JSON file tells")
+	f.BoolVarP(&o.inPlace, "in-place", "n", false, "OUTPUT is a block device, and what it holds is overwritten")
 	f.BoolVar(&o.skipUnreadable, "skip-unreadable", false, "warn about what cannot be read, and leave it out")
 	f.BoolVarP(&o.quiet, "quiet", "q", false, "print errors and warnings only")
 	f.StringVar(&o.progress, "progress", "auto", "auto (a bar on a terminal), plain (lines) or none")
@@ -87,44 +104,41 @@ func newBuild(host Host) *cobra.Command {
 // disk is a build with its options read.
 type disk struct {
 	source, output string
-	qcow2          *qcow2.WriterOptions // nil: raw
 	scan           ext4img.ScanOptions
 	layout         ext4img.LayoutOptions
 	freePercent    float64 // of what is needed; 0: layout says
+	// sizeHint says how a larger size is asked for.
+	sizeHint string
+	// around returns the size of the disk around a file system; nil: the same.
+	around func(size int64) int64
 }
 
 func runBuild(ctx context.Context, host Host, o *buildOptions, given func(flag string) bool, args []string) error {
 	if len(args) != 2 {
 		return usagef("Expecting a source directory and an output file name")
 	}
-	d, err := o.parse(host, given, args[0], args[1])
-	if err != nil {
+	d := o.newDisk(args[0], args[1])
+	if err := o.parse(d, host.Getenv); err != nil {
 		return err
 	}
-	mode := term.Mode(o.progress)
-	if o.quiet {
-		mode = term.None
-	}
-	progress, err := term.NewProgress(host.Err, mode, d.output)
+	progress, err := o.newProgress(host, d.output)
 	if err != nil {
-		return usagef("%v", err)
+		return err
 	}
 	defer progress.Close()
-	warn := func(text string) { fmt.Fprintf(host.Err, "%s: warning: %s\n", host.name, printable(text)) }
-	d.scan.Warn = warn
-	if err := d.excludeOutput(warn); err != nil {
+	target, err := o.newTarget(host, given, d.output)
+	if err != nil {
 		return err
 	}
-	// An output that cannot be made is found before the source is read.
-	out, err := newFile(d.output, nil)
+	defer target.close()
+	if target.device != nil && d.layout.Size == 0 && o.free == "" && !o.minimize {
+		d.layout.Size = target.size()
+	}
+	table, err := o.newTable(d, target, given)
 	if err != nil {
-		return d.outputError(err)
+		return err
 	}
-	if err := out.Abort(); err != nil {
-		return d.outputError(err)
-	}
-
-	tree, err := ext4img.Scan(ctx, d.source, &d.scan)
+	tree, err := d.scanTree(ctx, host.warnText)
 	if err != nil {
 		return d.sourceError(err)
 	}
@@ -133,70 +147,63 @@ func runBuild(ctx context.Context, host Host, o *buildOptions, given func(flag s
 	if err != nil {
 		return d.sourceError(err)
 	}
-	if err := d.write(ctx, layout, progress); err != nil {
-		return d.sourceError(err)
+	if target.device != nil && layout.Size() > target.size() {
+		return fmt.Errorf("%s has %d bytes, %d are needed", d.output, target.size(), layout.Size())
+	}
+	if table != nil {
+		err = table.writeLayout(ctx, layout, progress, d.sourceError)
+	} else {
+		err = target.writeLayout(ctx, layout, progress, d.sourceError)
+	}
+	if err != nil {
+		return err
 	}
 	if !o.quiet {
 		progress.Close()
-		fmt.Fprintf(host.Out, "%s: %d entries, %s, ext4 %s (free %s)\n", d.output, tree.Entries(),
+		target.report("%s: %d entries, %s, ext4 %s (free %s)", d.output, tree.Entries(),
 			humanSize(uint64(tree.Bytes())), humanSize(uint64(layout.Size())), humanSize(uint64(layout.FreeBytes())))
 	}
 	return nil
 }
 
-// parse reads the options.
-func (o *buildOptions) parse(host Host, given func(flag string) bool, source, output string) (*disk, error) {
-	d := &disk{source: source, output: output}
-	d.scan = ext4img.ScanOptions{Exclude: o.exclude, SkipUnreadable: o.skipUnreadable}
-	d.layout = ext4img.LayoutOptions{
-		Minimize: o.minimize, Label: o.label, NoJournal: o.noJournal,
+func (o *buildOptions) newProgress(host Host, output string) (*term.Progress, error) {
+	mode := term.Mode(o.progress)
+	if o.quiet {
+		mode = term.None
 	}
-	return d, errors.Join(o.parseFormat(d, given), o.parseSizes(d), o.parseTree(d, host.Getenv))
+	progress, err := term.NewProgress(host.Err, mode, output)
+	if err != nil {
+		return nil, usagef("%v", err)
+	}
+	return progress, nil
 }
 
-func (o *buildOptions) parseFormat(d *disk, given func(flag string) bool) error {
-	format := o.format
-	if format == "" {
-		switch ext := strings.ToLower(filepath.Ext(d.output)); ext {
-		case ".qcow2":
-			format = "qcow2"
-		case ".raw", ".img", ".ext4":
-			format = "raw"
-		default:
-			return fmt.Errorf("%s: the extension does not tell the format: it is .qcow2, or .raw, .img, .ext4; otherwise use -f qcow2 or -f raw", d.output)
-		}
+// warnText prints a warning that names something in a source.
+func (h Host) warnText(text string) {
+	fmt.Fprintf(h.Err, "%s: warning: %s\n", h.name, printable(text))
+}
+
+// newDisk begins a disk of what lies at source.
+func (o *buildOptions) newDisk(source, output string) *disk {
+	return &disk{
+		source: source, output: output, sizeHint: "Use --size %s or more.",
+		scan:   ext4img.ScanOptions{Exclude: o.exclude, SkipUnreadable: o.skipUnreadable},
+		layout: ext4img.LayoutOptions{Minimize: o.minimize, Label: o.label, NoJournal: o.noJournal},
 	}
-	switch format {
-	case "raw":
-		for _, flag := range []string{"compress", "compression", "compat", "cluster-size"} {
-			if given(flag) {
-				return fmt.Errorf("--%s goes with qcow2 only", flag)
-			}
-		}
-		return nil
-	case "qcow2":
-	default:
-		return messagef("Unknown file format '%s'", format)
+}
+
+// scanTree reads the source.
+func (d *disk) scanTree(ctx context.Context, warn func(string)) (*ext4img.Tree, error) {
+	d.scan.Warn = warn
+	if err := d.excludeOutput(warn); err != nil {
+		return nil, err
 	}
-	if given("compression") && !o.compress {
-		return errors.New("--compression goes with -c only")
-	}
-	cluster, err := sizeArg("cluster size", o.clusterSize)
-	if err != nil {
-		return err
-	}
-	create := qcow2.FormatOptions{}
-	if create.ClusterSize, err = clusterSize(uint64(cluster)); err != nil {
-		return err
-	}
-	if create.Version, err = parseCompat(o.compat); err != nil {
-		return fmt.Errorf("--compat is 0.10 or 1.1, not '%s'", o.compat)
-	}
-	if create.Compression, err = parseCompression(o.compression); err != nil {
-		return fmt.Errorf("--compression is zlib or zstd, not '%s'", o.compression)
-	}
-	d.qcow2 = &qcow2.WriterOptions{FormatOptions: create, Compress: o.compress}
-	return nil
+	return ext4img.Scan(ctx, d.source, &d.scan)
+}
+
+// parse reads the options of the file system.
+func (o *buildOptions) parse(d *disk, getenv func(string) string) error {
+	return errors.Join(o.parseSizes(d), o.parseTree(d, getenv))
 }
 
 func (o *buildOptions) parseSizes(d *disk) (err error) {
@@ -268,15 +275,24 @@ func (o *buildOptions) parseTree(d *disk, getenv func(string) string) error {
 		}
 		d.scan.ModeMask = uint16(m)
 	}
-	if s := getenv("SOURCE_DATE_EPOCH"); s != "" {
-		t, err := strconv.ParseInt(s, 10, 64)
-		if err != nil || t < 0 {
-			return messagef("SOURCE_DATE_EPOCH is a number of seconds, not '%s'", s)
-		}
-		d.scan.MaxTime = &t
-		d.layout.Time = t
+	t, err := sourceDateEpoch(getenv)
+	if err == nil && t != nil {
+		d.scan.MaxTime, d.layout.Time = t, *t
 	}
-	return nil
+	return err
+}
+
+// sourceDateEpoch returns SOURCE_DATE_EPOCH; nil: it is not set.
+func sourceDateEpoch(getenv func(string) string) (*int64, error) {
+	s := getenv("SOURCE_DATE_EPOCH")
+	if s == "" {
+		return nil, nil
+	}
+	t, err := strconv.ParseInt(s, 10, 64)
+	if err != nil || t < 0 {
+		return nil, messagef("SOURCE_DATE_EPOCH is a number of seconds, not '%s'", s)
+	}
+	return &t, nil
 }
 
 // excludeOutput leaves the output out of the disk if it lies in the source,
@@ -333,14 +349,6 @@ func (d *disk) sourceError(err error) error {
 	return err
 }
 
-// outputError names the output, unless the error does so already.
-func (d *disk) outputError(err error) error {
-	if strings.Contains(err.Error(), d.output) || errors.Is(err, context.Canceled) {
-		return err
-	}
-	return prefixError(d.output, err)
-}
-
 // printable replaces what a terminal would take for a command.
 func printable(text string) string {
 	if strings.IndexFunc(text, func(r rune) bool { return !strconv.IsPrint(r) }) < 0 {
@@ -371,8 +379,12 @@ func (d *disk) newLayout(ctx context.Context, tree *ext4img.Tree) (*ext4img.Layo
 
 // tooSmall says what a disk that is too small lacks.
 func (d *disk) tooSmall(e *ext4img.SizeError) error {
+	around := d.around
+	if around == nil {
+		around = func(size int64) int64 { return size }
+	}
 	var hint strings.Builder
-	fmt.Fprintf(&hint, "Use --size %s or more.\n", sizeFlag(e.MinSize))
+	fmt.Fprintf(&hint, d.sizeHint+"\n", sizeFlag(around(e.MinSize)))
 	if e.MinSize == 2048*int64(d.layout.BlockSize) {
 		hint.WriteString("That is what a journal asks for; --no-journal does without.\n")
 	}
@@ -383,7 +395,7 @@ func (d *disk) tooSmall(e *ext4img.SizeError) error {
 		fmt.Fprintf(&hint, "%10s  %s\n", humanSize(uint64(dir.Bytes)), printable(filepath.Join(d.source, dir.Path)))
 	}
 	err := fmt.Errorf("a disk of %s is too small: %s needs %s (%d bytes) and %d inodes",
-		humanSize(uint64(e.Size)), d.source, humanSize(uint64(e.Bytes)), e.Bytes, e.Inodes)
+		humanSize(uint64(around(e.Size))), d.source, humanSize(uint64(e.Bytes)), e.Bytes, e.Inodes)
 	return withHint(err, hint.String())
 }
 
@@ -399,51 +411,4 @@ func sizeFlag(n int64) string {
 		}
 	}
 	return strconv.FormatInt(n, 10)
-}
-
-// write makes the output.
-func (d *disk) write(ctx context.Context, layout *ext4img.Layout, progress *term.Progress) error {
-	out, err := newFile(d.output, &blockdev.CreateOptions{Stream: true})
-	if err != nil {
-		return d.outputError(err)
-	}
-	defer out.Abort()
-	wo := &ext4img.WriteOptions{Progress: progress.Update}
-	if d.qcow2 == nil {
-		err = writeRaw(ctx, out.File(), layout, wo)
-	} else {
-		err = d.writeQcow2(ctx, out.File(), layout, wo)
-	}
-	if err == nil {
-		err = ctx.Err()
-	}
-	if err == nil {
-		err = out.Commit()
-	}
-	// What is wrong with the source names a path below it, the rest is about
-	// the output.
-	if pe := (*fs.PathError)(nil); err != nil && (!errors.As(err, &pe) || filepath.IsAbs(pe.Path)) {
-		return d.outputError(err)
-	}
-	return err
-}
-
-func writeRaw(ctx context.Context, f *blockdev.File, layout *ext4img.Layout, wo *ext4img.WriteOptions) error {
-	if err := f.Truncate(layout.Size()); err != nil {
-		return err
-	}
-	return layout.Write(ctx, f, wo)
-}
-
-func (d *disk) writeQcow2(ctx context.Context, f *blockdev.File, layout *ext4img.Layout, wo *ext4img.WriteOptions) error {
-	d.qcow2.Extents = layout.Extents()
-	img, err := qcow2.NewWriter(ctx, f, layout.Size(), d.qcow2)
-	if err != nil {
-		return err
-	}
-	defer img.Abort()
-	if err := layout.Write(ctx, img, wo); err != nil {
-		return err
-	}
-	return img.Finish()
 }

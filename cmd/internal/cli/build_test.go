@@ -40,7 +40,8 @@ func TestBuildInterrupted(t *testing.T) {
 	for i := range 40 {
 		writeFile(t, fmt.Sprintf("tree/%d", i), strings.Repeat(fmt.Sprintf("%08d", i*7919), 1<<17))
 	}
-	for _, args := range [][]string{{"new.qcow2"}, {"old.qcow2"}, {"new.raw"}, {"-c", "new.qcow2"}, {"-c", "--compression", "zstd", "old.qcow2"}} {
+	for _, args := range [][]string{{"new.qcow2"}, {"old.qcow2"}, {"new.raw"}, {"-c", "new.qcow2"}, {"-c", "--compression", "zstd", "old.qcow2"},
+		{"--partition", "gpt", "new.raw"}, {"--partition", "mbr", "old.qcow2"}, {"--partition", "gpt", "-c", "new.qcow2"}} {
 		writeFile(t, "old.qcow2", "what was there before")
 		ctx, cancel := context.WithCancel(t.Context())
 		stderr := &canceller{cancel: cancel}
@@ -77,7 +78,7 @@ func TestBuildChanged(t *testing.T) {
 		rng.Read(data)
 		writeFile(t, fmt.Sprintf("tree/%03d", i), string(data))
 	}
-	for _, args := range [][]string{{"x.raw"}, {"x.qcow2"}, {"-c", "x.qcow2"}} {
+	for _, args := range [][]string{{"x.raw"}, {"x.qcow2"}, {"-c", "x.qcow2"}, {"--partition", "gpt", "x.raw"}, {"--partition", "mbr", "-c", "x.qcow2"}} {
 		writeFile(t, "tree/130", string(data))
 		var once sync.Once
 		stderr := &canceller{cancel: func() { once.Do(func() { os.Truncate("tree/130", 1000) }) }}
