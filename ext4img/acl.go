@@ -13,18 +13,20 @@ const (
 	aclVersionXattr = 2
 	aclVersionExt4  = 1
 
-	aclUserObj = 0x01
-	aclUser    = 0x02
-	aclGroup   = 0x08
-	aclOther   = 0x20
+	aclUserObj  = 0x01
+	aclUser     = 0x02
+	aclGroupObj = 0x04
+	aclGroup    = 0x08
+	aclMask     = 0x10
+	aclOther    = 0x20
 )
 
 var errACL = errors.New("malformed POSIX ACL")
 
 // aclToExt4 turns the xattr form of an ACL into ext4's. Permissions outside
 // mask, which is of the form of a mode, are dropped, as they are from the
-// mode.
-func aclToExt4(value string, mask uint16) (string, error) {
+// mode, and ids are mapped as opts say.
+func aclToExt4(value string, mask uint16, opts *ScanOptions) (string, error) {
 	b := []byte(value)
 	if len(b) < 4 || len(b)%8 != 4 || binary.LittleEndian.Uint32(b) != aclVersionXattr {
 		return "", errACL
@@ -43,7 +45,16 @@ func aclToExt4(value string, mask uint16) (string, error) {
 		out = binary.LittleEndian.AppendUint16(out, tag)
 		out = binary.LittleEndian.AppendUint16(out, perm)
 		if tag == aclUser || tag == aclGroup {
-			out = append(out, b[4:8]...)
+			maps := opts.UIDMap
+			if tag == aclGroup {
+				maps = opts.GIDMap
+			}
+			id := binary.LittleEndian.Uint32(b[4:])
+			to, ok := mapID(maps, id)
+			if !ok {
+				return "", fmt.Errorf("the id %d of the ACL %w", id, errUnmapped)
+			}
+			out = binary.LittleEndian.AppendUint32(out, to)
 		}
 	}
 	return string(out), nil

@@ -676,11 +676,6 @@ func TestChangedFiles(t *testing.T) {
 	}
 }
 
-// discard is a sink that keeps nothing.
-type discard struct{}
-
-func (discard) WriteAt(p []byte, _ int64) (int, error) { return len(p), nil }
-
 func TestWriteStops(t *testing.T) {
 	tree := scanFake(t, tortureTree(4096), 1, nil)
 	l, err := NewLayout(t.Context(), tree, nil)

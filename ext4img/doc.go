@@ -3,7 +3,10 @@
 //
 // A build has three steps, and nothing is written before the last:
 //
-//	Scan        source -> Tree: names, modes, owners, times, xattrs, holes; no content
+//	Scan        directory -> Tree: names, modes, owners, times, xattrs, holes; no content
+//	Merge       the same of several sources, laid one over another: directories (Dir),
+//	            tar archives (Tar), layers of container images (Layer), any fs.FS (FromFS),
+//	            and lists of changes in the format of mtree (Manifest)
 //	NewLayout   Tree -> Layout: every inode, block, extent, directory block, bitmap and
 //	            checksum decided; a pure function; a disk that is too small is refused here
 //	Write       Layout -> sink: written once, ascending, by several workers; holes and

@@ -192,6 +192,15 @@ func fakeReg(size int64) *fakeEntry {
 	return &fakeEntry{stat: stat{mode: modeReg | 0o644, links: 1, size: size, sec: 1600000000, nsec: 123456789}}
 }
 
+// opened is a Source of a directory that is open already.
+type opened struct{ root sourceDir }
+
+func (s opened) lay(b *builder) error { return layDir(b, s.root, nil) }
+
+func scan(ctx context.Context, root sourceDir, opts *ScanOptions) (*Tree, error) {
+	return Merge(ctx, []Source{opened{root}}, opts)
+}
+
 func scanFake(t testing.TB, root *fakeEntry, seed uint64, opts *ScanOptions) *Tree {
 	t.Helper()
 	if opts == nil {
@@ -224,3 +233,8 @@ func writeImage(t testing.TB, tree *Tree, lo *LayoutOptions, wo *WriteOptions) (
 	}
 	return f.Name(), l
 }
+
+// discard is a sink that keeps nothing.
+type discard struct{}
+
+func (discard) WriteAt(p []byte, _ int64) (int, error) { return len(p), nil }

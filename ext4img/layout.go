@@ -623,10 +623,20 @@ func (l *Layout) eaInode(value string) (ino, hash uint32) {
 
 // largestDirs returns the directories whose own files take the most.
 func (l *Layout) largestDirs(most int) []DirSize {
-	sum := make([]int64, l.tree.dirs.len())
-	for k := range l.files.len() {
-		i := l.files.at(uint32(k)).inode
-		sum[l.tree.dirOf(l.tree.inodes.at(i).ref)] += l.fileBlocks(i) * l.geo.blockSize
+	t := l.tree
+	sum := make([]int64, t.dirs.len())
+	seen := make(map[uint32]bool) // of files that have several names
+	for d := range sum {
+		dr := t.dirs.at(uint32(d))
+		for e := dr.first; e < dr.first+dr.count; e++ {
+			i := t.entries.at(e).inode
+			if n := t.inodes.at(i); !n.isRegular() || seen[i] {
+				continue
+			} else if n.links > 1 {
+				seen[i] = true
+			}
+			sum[d] += l.fileBlocks(i) * l.geo.blockSize
+		}
 	}
 	order := make([]uint32, 0, len(sum))
 	for d := range sum {
@@ -637,7 +647,7 @@ func (l *Layout) largestDirs(most int) []DirSize {
 	slices.SortFunc(order, func(a, b uint32) int { return cmp.Or(cmp.Compare(sum[b], sum[a]), cmp.Compare(a, b)) })
 	var out []DirSize
 	for _, d := range order[:min(most, len(order))] {
-		out = append(out, DirSize{l.tree.dirPath(d), sum[d]})
+		out = append(out, DirSize{t.dirPath(d), sum[d]})
 	}
 	return out
 }

@@ -1,8 +1,11 @@
 package ext4img
 
 import (
+	"errors"
 	"io"
 	"os"
+	"slices"
+	"strings"
 	"sync"
 )
 
@@ -25,6 +28,8 @@ type sourceDir interface {
 // sourceFile is an open regular file of a source.
 type sourceFile interface {
 	io.ReaderAt
+	// stat returns errNoStat if the file is part of something that has not
+	// changed.
 	stat() (stat, error)
 	// spans returns the runs of data of a file of that size, ascending.
 	spans(size int64) ([]span, error)
@@ -33,6 +38,8 @@ type sourceFile interface {
 	kernelFile() *os.File
 	close() error
 }
+
+var errNoStat = errors.New("no stat")
 
 // stat is what a source knows of an entry.
 type stat struct {
@@ -53,22 +60,39 @@ type stat struct {
 // of it has changed, as far as the system tells.
 func (s *stat) id() uint64 {
 	h := uint64(14695981039346656037)
-	for _, v := range [...]uint64{s.dev, s.ino, uint64(s.csec), uint64(s.cnsec)} {
+	for _, v := range [...]uint64{s.dev, s.ino, uint64(s.csec), uint64(s.cnsec), uint64(s.sec), uint64(s.nsec)} {
 		h = (h ^ v) * 1099511628211
 		h ^= h >> 32
 	}
 	return h
 }
 
-// source opens directories of the tree by index and keeps the last used ones
-// open, so that files are opened by one path element.
-type source struct {
-	tree *Tree
-	root sourceDir
+// content is where the files of a source are read from. It is safe for
+// concurrent use.
+type content interface {
+	// open opens a regular file of the source.
+	open(n *inode) (sourceFile, error)
+	close() error
+}
+
+// dirContent opens files below a directory. A file's rdev is its directory,
+// ref and len its name, id its stat.id. The directories used last stay open,
+// so that files are opened by one path element.
+type dirContent struct {
+	root  sourceDir
+	names *arena
+	dirs  chunks[foundDir] // 0 is the root
 
 	mu   sync.Mutex
-	open map[uint32]*openDir
+	used map[uint32]*openDir
 	use  uint64 // clock for openDir.used
+}
+
+// foundDir is a directory of a source.
+type foundDir struct {
+	parent uint32 // index into dirContent.dirs
+	name   uint32 // place in the arena
+	len    uint8
 }
 
 type openDir struct {
@@ -80,78 +104,128 @@ type openDir struct {
 // maxOpenDirs bounds the descriptors that a source keeps.
 const maxOpenDirs = 64
 
-// acquire returns the directory with that index. The caller releases it.
-func (s *source) acquire(d uint32) (sourceDir, error) {
-	if d == 0 {
-		return s.root, nil
+func newDirContent(root sourceDir, names *arena) *dirContent {
+	c := &dirContent{root: root, names: names, used: make(map[uint32]*openDir)}
+	c.dirs.add(foundDir{})
+	return c
+}
+
+func (c *dirContent) open(n *inode) (sourceFile, error) {
+	dir, err := c.acquire(n.rdev)
+	if err != nil {
+		return nil, err
 	}
-	s.mu.Lock()
-	if o := s.open[d]; o != nil {
+	f, err := dir.open(string(c.names.get(n.ref, int(n.len))))
+	if err != nil {
+		c.release(n.rdev)
+		return nil, err
+	}
+	return &dirFile{f, c, n.rdev}, nil
+}
+
+// dirFile is a file and holds the directory that it was opened in.
+type dirFile struct {
+	sourceFile
+	c   *dirContent
+	dir uint32
+}
+
+func (f *dirFile) close() error {
+	defer f.c.release(f.dir)
+	return f.sourceFile.close()
+}
+
+// path returns the path of a directory, slash-separated, relative to the root,
+// which is ".".
+func (c *dirContent) path(d uint32) string {
+	if d == 0 {
+		return "."
+	}
+	var parts []string
+	for ; d != 0; d = c.dirs.at(d).parent {
+		parts = append(parts, c.name(d))
+	}
+	slices.Reverse(parts)
+	return strings.Join(parts, "/")
+}
+
+func (c *dirContent) name(d uint32) string {
+	f := c.dirs.at(d)
+	return string(c.names.get(f.name, int(f.len)))
+}
+
+// acquire returns the directory with that index. The caller releases it.
+func (c *dirContent) acquire(d uint32) (sourceDir, error) {
+	if d == 0 {
+		return c.root, nil
+	}
+	c.mu.Lock()
+	if o := c.used[d]; o != nil {
 		o.users++
-		s.use++
-		o.used = s.use
-		s.mu.Unlock()
+		c.use++
+		o.used = c.use
+		c.mu.Unlock()
 		return o.dir, nil
 	}
-	s.mu.Unlock()
+	c.mu.Unlock()
 
-	parent := s.tree.dirs.at(d).parent
-	pd, err := s.acquire(parent)
+	parent := c.dirs.at(d).parent
+	pd, err := c.acquire(parent)
 	if err != nil {
 		return nil, err
 	}
-	defer s.release(parent)
-	opened, err := pd.openDir(string(s.tree.name(s.tree.entries.at(s.tree.dirs.at(d).entry))))
+	defer c.release(parent)
+	opened, err := pd.openDir(c.name(d))
 	if err != nil {
 		return nil, err
 	}
 
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.use++
-	if o := s.open[d]; o != nil { // opened by another goroutine meanwhile
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.use++
+	if o := c.used[d]; o != nil { // opened by another goroutine meanwhile
 		opened.close()
 		o.users++
-		o.used = s.use
+		o.used = c.use
 		return o.dir, nil
 	}
-	if len(s.open) >= maxOpenDirs {
-		s.evict()
+	if len(c.used) >= maxOpenDirs {
+		c.evict()
 	}
-	s.open[d] = &openDir{dir: opened, users: 1, used: s.use}
+	c.used[d] = &openDir{dir: opened, users: 1, used: c.use}
 	return opened, nil
 }
 
 // evict closes the directory that has been idle the longest.
-func (s *source) evict() {
+func (c *dirContent) evict() {
 	var oldest *openDir
 	var key uint32
-	for d, o := range s.open {
+	for d, o := range c.used {
 		if o.users == 0 && (oldest == nil || o.used < oldest.used) {
 			oldest, key = o, d
 		}
 	}
 	if oldest != nil {
 		oldest.dir.close()
-		delete(s.open, key)
+		delete(c.used, key)
 	}
 }
 
-func (s *source) release(d uint32) {
+func (c *dirContent) release(d uint32) {
 	if d == 0 {
 		return
 	}
-	s.mu.Lock()
-	s.open[d].users--
-	s.mu.Unlock()
+	c.mu.Lock()
+	c.used[d].users--
+	c.mu.Unlock()
 }
 
-func (s *source) close() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for d, o := range s.open {
+func (c *dirContent) close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for d, o := range c.used {
 		o.dir.close()
-		delete(s.open, d)
+		delete(c.used, d)
 	}
-	return s.root.close()
+	return c.root.close()
 }

@@ -4,17 +4,17 @@ import (
 	"bufio"
 	"crypto/sha256"
 	"encoding/binary"
+	"errors"
 	"slices"
-	"sort"
 	"strings"
 )
 
-// Tree is what a source holds, without content: the result of Scan. It is
-// immutable and safe for concurrent use, except for Close.
+// Tree is what sources hold, without content: the result of Scan or Merge. It
+// is immutable and safe for concurrent use, except for Close.
 //
 // It takes about 100 bytes an entry besides the names.
 type Tree struct {
-	src     *source
+	sources []content      // inode.src is an index
 	inodes  chunks[inode]  // in the order of their numbers; 0 is the root directory
 	entries chunks[dirent] // directory by directory, each sorted by name
 	dirs    chunks[dir]    // parents before children; 0 is the root directory
@@ -31,17 +31,18 @@ type inode struct {
 	size  int64 // regular file: bytes; symlink: length of the target
 	sec   int64 // mtime of the source, seconds since 1970; Tree.mtime tells what is stored
 	nsec  uint32
-	id    uint64 // stat.id: tells whether the file is still the same
+	id    uint64 // regular file: what its source knows it by
 	uid   uint32
 	gid   uint32
-	rdev  uint32 // device numbers, as new_encode_dev packs them
+	rdev  uint32 // device numbers, as new_encode_dev packs them; regular file: its source's
 	links uint32
 	xattr uint32 // index into Tree.xattrs, plus 1
-	// ref is the entry that gave the file its first name (regular file), the
-	// place of the target in the arena (symlink), the index into Tree.dirs
-	// (directory).
+	// ref is the place of the target in the arena (symlink), the index into
+	// Tree.dirs (directory), or what the source makes of it (regular file).
 	ref  uint32
 	mode uint16 // i_mode: type and permissions
+	src  uint16 // regular file: index into Tree.sources
+	len  uint8  // regular file: its source's
 }
 
 func (n *inode) isDir() bool     { return n.mode&modeType == modeDir }
@@ -67,8 +68,16 @@ type dir struct {
 // span is a run of data in a file with holes, in bytes.
 type span struct{ off, end int64 }
 
-// Close releases the source. The tree cannot be written after it.
-func (t *Tree) Close() error { return t.src.close() }
+// Close releases what Scan and Merge opened. The tree cannot be written after
+// it.
+func (t *Tree) Close() error {
+	var errs []error
+	for _, c := range t.sources {
+		errs = append(errs, c.close())
+	}
+	t.sources = nil
+	return errors.Join(errs...)
+}
 
 // Entries returns the number of files, directories and other things in the
 // tree, hard links counted once.
@@ -101,13 +110,6 @@ func (t *Tree) dataSpans(i uint32) []span {
 func (t *Tree) name(e *dirent) []byte { return t.names.get(e.name, int(e.len)) }
 
 func (t *Tree) target(n *inode) []byte { return t.names.get(n.ref, int(n.size)) }
-
-// dirOf returns the index of the directory that holds an entry.
-func (t *Tree) dirOf(entry uint32) uint32 {
-	// Directories take their entries in order, so the holder is the last one
-	// that begins at or before the entry.
-	return uint32(sort.Search(t.dirs.len(), func(i int) bool { return t.dirs.at(uint32(i)).first > entry }) - 1)
-}
 
 // mtime returns the time that is stored for an inode: ext4 holds 34 bits of
 // seconds, from 1901-12-13 to 2446-05-10 (kernel:
@@ -142,9 +144,12 @@ func (t *Tree) path(i uint32) string {
 	if n := t.inodes.at(i); n.isDir() {
 		return t.dirPath(n.ref)
 	}
-	for e := range t.entries.len() {
-		if t.entries.at(uint32(e)).inode == i {
-			return join(t.dirPath(t.dirOf(uint32(e))), string(t.name(t.entries.at(uint32(e)))))
+	for d := range t.dirs.len() {
+		dr := t.dirs.at(uint32(d))
+		for e := dr.first; e < dr.first+dr.count; e++ {
+			if t.entries.at(e).inode == i {
+				return join(t.dirPath(uint32(d)), string(t.name(t.entries.at(e))))
+			}
 		}
 	}
 	return "."
@@ -172,7 +177,11 @@ func (t *Tree) digest(salt string) [32]byte {
 		b = binary.LittleEndian.AppendUint64(b[:0], uint64(n.size))
 		sec, nsec := t.mtime(n)
 		b = binary.LittleEndian.AppendUint64(b, uint64(sec))
-		for _, v := range [...]uint32{nsec, n.uid, n.gid, n.rdev, n.links, n.xattr, uint32(n.mode)} {
+		rdev := n.rdev
+		if n.isRegular() {
+			rdev = 0
+		}
+		for _, v := range [...]uint32{nsec, n.uid, n.gid, rdev, n.links, n.xattr, uint32(n.mode)} {
 			b = binary.LittleEndian.AppendUint32(b, v)
 		}
 		w.Write(b)
@@ -224,6 +233,15 @@ const chunkLen = 1 << 12
 func (s *chunks[T]) len() int { return s.n }
 
 func (s *chunks[T]) at(i uint32) *T { return &s.c[i/chunkLen][i%chunkLen] }
+
+// truncate forgets all but the first n.
+func (s *chunks[T]) truncate(n int) {
+	s.c = s.c[:(n+chunkLen-1)/chunkLen]
+	if rest := n % chunkLen; rest > 0 {
+		s.c[len(s.c)-1] = s.c[len(s.c)-1][:rest]
+	}
+	s.n = n
+}
 
 func (s *chunks[T]) add(v T) uint32 {
 	if s.n%chunkLen == 0 {

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"os"
 	"runtime"
 	"sync"
 
@@ -298,40 +297,30 @@ func (w *writer) forgetCopies() {
 	w.copies, w.cp = nil, 0
 }
 
-// openFile is a regular file of the tree's source, opened for reading.
+// openFile is a regular file of the tree, opened for reading.
 type openFile struct {
 	t     *Tree
 	inode uint32
-	dir   uint32
 	f     sourceFile
 }
 
 func (t *Tree) openFile(i uint32) (openFile, error) {
-	e := t.inodes.at(i).ref
-	d := t.dirOf(e)
-	o := openFile{t: t, inode: i, dir: d}
-	dir, err := t.src.acquire(d)
-	if err != nil {
-		return o, pathError("open", t.dirPath(d), err)
+	n := t.inodes.at(i)
+	o := openFile{t: t, inode: i}
+	var err error
+	if o.f, err = t.sources[n.src].open(n); errors.Is(err, fs.ErrNotExist) {
+		err = o.changed("it is gone")
+	} else if err != nil {
+		err = o.error("open", err)
 	}
-	o.f, err = dir.open(string(t.name(t.entries.at(e))))
-	if err != nil {
-		t.src.release(d)
-		if errors.Is(err, fs.ErrNotExist) {
-			return o, o.changed("it is gone")
-		}
-		return o, pathError("open", o.path(), err)
-	}
-	return o, nil
+	return o, err
 }
 
-func (o *openFile) close() {
-	o.f.close()
-	o.t.src.release(o.dir)
-}
+func (o *openFile) close() { o.f.close() }
 
-func (o *openFile) path() string {
-	return join(o.t.dirPath(o.dir), string(o.t.name(o.t.entries.at(o.t.inodes.at(o.inode).ref))))
+// error names the file that an error is about, and its source.
+func (o *openFile) error(op string, err error) error {
+	return &SourceError{int(o.t.inodes.at(o.inode).src), pathError(op, o.t.path(o.inode), err)}
 }
 
 // read fills b with the bytes from off on, and with zeroes behind the end.
@@ -340,7 +329,7 @@ func (o *openFile) read(b []byte, off int64) error {
 	want := min(int64(len(b)), size-off)
 	n, err := o.f.ReadAt(b[:want], off)
 	if err != nil && err != io.EOF {
-		return cmp.Or(o.check(), pathError("read", o.path(), err))
+		return cmp.Or(o.check(), o.error("read", err))
 	}
 	if int64(n) < want {
 		return o.changed(fmt.Sprintf("it ended at byte %d of %d", off+int64(n), size))
@@ -352,8 +341,11 @@ func (o *openFile) read(b []byte, off int64) error {
 // check returns an error if the file is not what it was when it was scanned.
 func (o *openFile) check() error {
 	now, err := o.f.stat()
+	if err == errNoStat {
+		return nil
+	}
 	if err != nil {
-		return pathError("stat", o.path(), err)
+		return o.error("stat", err)
 	}
 	n := o.t.inodes.at(o.inode)
 	switch {
@@ -363,14 +355,14 @@ func (o *openFile) check() error {
 		return o.changed(fmt.Sprintf("it grew from %d to %d bytes", n.size, now.size))
 	case now.size < n.size:
 		return o.changed(fmt.Sprintf("it shrank from %d to %d bytes", n.size, now.size))
+	case now.id() == n.id:
+		return nil
 	case now.sec != n.sec || now.nsec != n.nsec:
 		return o.changed("it was written to")
-	case now.id() != n.id:
-		return o.changed("it was replaced, or its metadata changed")
 	}
-	return nil
+	return o.changed("it was replaced, or its metadata changed")
 }
 
 func (o *openFile) changed(how string) error {
-	return &os.PathError{Op: "read", Path: o.path(), Err: fmt.Errorf("%w: %s", ErrChanged, how)}
+	return o.error("read", fmt.Errorf("%w: %s", ErrChanged, how))
 }

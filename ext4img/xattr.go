@@ -72,6 +72,29 @@ func splitXattr(full string) (index uint8, name string, ok bool) {
 	return 0, "", false
 }
 
+// Bounds of the kernel: XATTR_NAME_MAX of the whole name, XATTR_SIZE_MAX.
+const (
+	maxXattrName  = 255
+	maxXattrValue = 64 << 10
+)
+
+// with adds an xattr to a set, or replaces the one of that name.
+func (s xattrSet) with(index uint8, name, value string) (xattrSet, error) {
+	switch {
+	case len(name) > maxXattrName, name == "" && index != xattrACLAccess && index != xattrACLDefault, strings.IndexByte(name, 0) >= 0:
+		return s, fmt.Errorf("the name of an xattr has %d bytes: expected 1 to %d, and no zero byte", len(name), maxXattrName)
+	case len(value) > maxXattrValue:
+		return s, fmt.Errorf("the xattr %s has %d bytes: expected %d at most", name, len(value), maxXattrValue)
+	}
+	for i := range s {
+		if s[i].index == index && s[i].name == name {
+			s[i].value = value
+			return s, nil
+		}
+	}
+	return append(s, xattr{index, name, value}), nil
+}
+
 func (s xattrSet) sort() {
 	slices.SortFunc(s, func(a, b xattr) int {
 		return cmp.Or(cmp.Compare(a.index, b.index), cmp.Compare(len(a.name), len(b.name)), cmp.Compare(a.name, b.name))
