@@ -27,6 +27,7 @@ func TestDependencies(t *testing.T) {
 		"qcow2":                    {blockdev, "qimg/qcow2/transfer", "qimg/qcow2/internal", klauspost, xcrypto},
 		"ext4img":                  {blockdev, sys},
 		"cloudimg/formats":         {"qimg/cloudimg/decomp", "qimg/qcow2", blockdev, klauspost},
+		"cloudimg/oci":             {"qimg/cloudimg/decomp", blockdev},
 		"cloudimg/decomp":          {blockdev, klauspost, "github.com/ulikunitz/xz"},
 		"cloudimg/fat":             {blockdev},
 		"cloudimg/parttable":       {blockdev, "github.com/diskfs/go-diskfs/partition"},
