@@ -93,6 +93,7 @@ func newRoot(host Host) *cobra.Command {
 		newBench(host),
 		newBitmap(host),
 		newBuild(host),
+		newCat(host),
 		newCheck(host),
 		newCommit(host),
 		newCompare(host),
@@ -101,11 +102,15 @@ func newRoot(host Host) *cobra.Command {
 		newDD(host),
 		newDump(host),
 		newInfo(host),
+		newInspect(host),
+		newLs(host),
 		newMap(host),
 		newMeasure(host),
 		newRebase(host),
 		newResize(host),
 		newSnapshot(host),
+		newStat(host),
+		newTree(host),
 	)
 	for _, c := range root.Commands() {
 		useGetopt(c)

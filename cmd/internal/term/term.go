@@ -37,7 +37,7 @@ func NewProgress(w io.Writer, mode Mode, label string) (*Progress, error) {
 	switch mode {
 	case Plain, None:
 	case Auto:
-		if f, ok := w.(*os.File); !ok || !term.IsTerminal(int(f.Fd())) {
+		if !IsTerminal(w) {
 			mode = None
 		}
 	default:
@@ -78,4 +78,10 @@ func (p *Progress) Close() {
 	if p.bar != nil {
 		p.bar.Clear()
 	}
+}
+
+// IsTerminal reports whether what is written to w is shown on a terminal.
+func IsTerminal(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	return ok && term.IsTerminal(int(f.Fd()))
 }
