@@ -1,10 +1,13 @@
 package guest
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
 
+	"qimg/cloudimg/parttable"
 	"qimg/ext4img"
 	"qimg/qcow2/blockdev"
 )
@@ -14,10 +17,12 @@ type Disk struct {
 	// Table is the kind of the partition table: gpt or mbr; "" if the disk has
 	// none.
 	Table string
-	// Volumes are the partitions by number, or the whole disk.
+	// Volumes are the partitions by number, or the whole disk. A disk with an ISO
+	// 9660 file system can have both.
 	Volumes []Volume
 
-	dev blockdev.Reader
+	dev   blockdev.Reader
+	table *parttable.Table // nil: none
 }
 
 // Volume is a partition, or a disk that has none.
@@ -33,7 +38,14 @@ type Volume struct {
 // Open takes a disk apart. Nothing is read of the files in it. The device is
 // used until the last call of any method.
 func Open(dev blockdev.Reader) (*Disk, error) {
-	d := &Disk{dev: dev, Volumes: []Volume{{Size: dev.Size()}}}
+	d := &Disk{dev: dev}
+	if err := d.partitions(); err != nil {
+		return nil, err
+	}
+	// A disk that can be burnt, too, has a table in front of the descriptors.
+	if whole, err := Detect(dev); err == nil && d.table != nil && whole.Type == "iso9660" {
+		d.Volumes = append([]Volume{{Size: dev.Size()}}, d.Volumes...)
+	}
 	for i := range d.Volumes {
 		v := &d.Volumes[i]
 		part, err := d.Device(v)
@@ -47,12 +59,45 @@ func Open(dev blockdev.Reader) (*Disk, error) {
 	return d, nil
 }
 
+// partitions fills in what the partition table says. What is wrong with single
+// partitions is left out.
+func (d *Disk) partitions() error {
+	t, err := parttable.Read(d.dev)
+	if errors.Is(err, parttable.ErrNoTable) {
+		d.Volumes = []Volume{{Size: d.dev.Size()}}
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	d.Table, d.table = t.Kind.String(), t
+	for i := range t.Partitions {
+		p := &t.Partitions[i]
+		if !p.Extended {
+			d.Volumes = append(d.Volumes, Volume{
+				Number: p.Number, Start: p.Start, Size: p.Size,
+				PartType: cmp.Or(p.Type.Name(), p.Type.String()), PartName: p.Name, PartUUID: p.UUID,
+			})
+		}
+	}
+	return nil
+}
+
 // Device returns a volume as a disk.
 func (d *Disk) Device(v *Volume) (blockdev.Reader, error) {
 	if v.Number == 0 {
 		return d.dev, nil
 	}
-	return blockdev.NewReaderSection(d.dev, v.Start, v.Size)
+	return d.table.ReaderSection(d.dev, v.Number)
+}
+
+// WritableDevice returns a volume of dev, the same disk opened for writing. A
+// partition that shares bytes with another one is refused.
+func (d *Disk) WritableDevice(dev blockdev.Device, v *Volume) (blockdev.Device, error) {
+	if v.Number == 0 {
+		return dev, nil
+	}
+	return d.table.Section(dev, v.Number)
 }
 
 // String names the volume in messages.
@@ -195,6 +240,9 @@ func (d *Disk) selectDefault() (*Volume, error) {
 		}
 		return nil, &SelectError{ErrNoFileSystem.Error(), d.Volumes, ErrNoFileSystem}
 	case 1:
+		return all[0], nil
+	}
+	if all[0].Number == 0 {
 		return all[0], nil
 	}
 	var roots []*Volume

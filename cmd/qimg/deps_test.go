@@ -30,6 +30,7 @@ func TestDependencies(t *testing.T) {
 		"cloudimg/oci":             {"qimg/cloudimg/decomp", blockdev},
 		"cloudimg/decomp":          {blockdev, klauspost, "github.com/ulikunitz/xz"},
 		"cloudimg/fat":             {blockdev},
+		"cloudimg/guest":           {blockdev, "qimg/cloudimg/parttable", "qimg/ext4img", sys},
 		"cloudimg/parttable":       {blockdev, "github.com/diskfs/go-diskfs/partition"},
 	}
 	forbidden := []string{"os/exec", "os/signal", "log", "flag", "reflect", "unsafe", "C"}

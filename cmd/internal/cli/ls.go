@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -178,8 +179,13 @@ func (l *lister) dir(f *guest.File, path string, header bool, depth int) error {
 			l.add(l.at.error(path, err))
 			continue
 		}
-		l.writeRows(append(dots, l.rows(f, prefix, batch, &dirs)...))
-		dots = nil
+		rows := l.rows(f, prefix, batch, &dirs)
+		if dots != nil {
+			rows = append(dots, rows...)
+			slices.SortStableFunc(rows, func(a, b row) int { return strings.Compare(a.name, b.name) })
+			dots = nil
+		}
+		l.writeRows(rows)
 	}
 	l.writeRows(dots)
 	if !l.o.recursive {

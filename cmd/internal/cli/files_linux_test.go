@@ -1,0 +1,228 @@
+package cli_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"qimg/qcow2/blockdev/oracle"
+)
+
+// mounted is a file system that the kernel wrote, mounted read-only.
+type mounted struct{ image, dir string }
+
+// kernelImage has the kernel fill a file system with files of all kinds. It needs
+// root.
+func kernelImage(t *testing.T, mkfs ...string) mounted {
+	t.Helper()
+	oracle.RequireRoot(t)
+	oracle.Require(t, "mke2fs", "setfattr", "setfacl", "ls", "tar")
+	dir := t.TempDir()
+	m := mounted{filepath.Join(dir, "fs.img"), filepath.Join(dir, "mnt")}
+	if err := os.Mkdir(m.dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	oracle.MustRun(t, "mke2fs", append(append([]string{"-q", "-F"}, mkfs...), m.image, "64M")...)
+	if r := oracle.Run(t, "mount", "-o", "loop", m.image, m.dir); r.Code != 0 {
+		oracle.Missing(t, "a kernel that mounts ext4")
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(m.dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	fill(t, m.dir)
+	oracle.MustRun(t, "mount", "-o", "remount,ro", m.dir)
+	return m
+}
+
+// fill makes files of all kinds.
+func fill(t *testing.T, dir string) {
+	t.Helper()
+	do := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	in := func(name string) string { return filepath.Join(dir, name) }
+	for _, d := range []string{"etc", "usr/lib", "many", "deep/er/and/deeper", "boot", "names"} {
+		do(os.MkdirAll(in(d), 0o755))
+	}
+	writeFile(t, in("usr/lib/os-release"), "ID=test\nPRETTY_NAME=\"Test \\\"OS\\\" 1\"\nVERSION_ID=1\n")
+	do(os.Symlink("../usr/lib/os-release", in("etc/os-release")))
+	writeFile(t, in("etc/hostname"), "guest\n")
+	writeFile(t, in("boot/vmlinuz-6.1.0-9"), "kernel")
+	writeFile(t, in("boot/vmlinuz-6.1.0-10"), "kernel")
+	for i := range 1500 {
+		writeFile(t, in(fmt.Sprintf("many/file-%d", i)), strings.Repeat("x", i%7))
+	}
+	for i, name := range []string{"new\nline", "esc\x1b[31m", "latin\xe9", "ünï", "back\\slash", " space ", strings.Repeat("n", 255), ".hidden", "-rf"} {
+		writeFile(t, in("names/"+name), fmt.Sprint(i))
+	}
+	do(os.Symlink(strings.Repeat("long/", 40), in("long-link")))
+	do(os.Symlink("/etc/hostname", in("absolute-link")))
+	do(os.Symlink("loop-b", in("loop-a")))
+	do(os.Symlink("loop-a", in("loop-b")))
+	do(os.Symlink("../../../../etc/hostname", in("deep/up-link")))
+	writeFile(t, in("hard-1"), "linked")
+	do(os.Link(in("hard-1"), in("deep/hard-2")))
+	writeFile(t, in("content"), strings.Repeat("0123456789abcdef", 40_000))
+	f, err := os.Create(in("sparse"))
+	do(err)
+	for _, off := range []int64{1 << 20, 5 << 20, 9<<20 - 3} {
+		_, err := f.WriteAt([]byte("island"), off)
+		do(err)
+	}
+	do(f.Truncate(12<<20 + 5))
+	do(f.Close())
+	f, err = os.Create(in("reserved"))
+	do(err)
+	if err := unix.Fallocate(int(f.Fd()), 0, 0, 300_000); err != unix.EOPNOTSUPP { // ext3 has none
+		do(err)
+	}
+	_, err = f.WriteAt([]byte("written"), 100_000)
+	do(err)
+	do(f.Close())
+	do(unix.Mkfifo(in("fifo"), 0o640))
+	do(unix.Mknod(in("null"), unix.S_IFCHR|0o666, int(unix.Mkdev(1, 3))))
+	do(unix.Mknod(in("disk"), unix.S_IFBLK|0o660, int(unix.Mkdev(259, 70_000))))
+	l, err := net.Listen("unix", in("socket"))
+	do(err)
+	l.(*net.UnixListener).SetUnlinkOnClose(false)
+	l.Close()
+	writeFile(t, in("setuid"), "program")
+	do(os.Chown(in("setuid"), 1000, 70_000))
+	do(os.Chmod(in("setuid"), 0o755|os.ModeSetuid|os.ModeSticky))
+	do(os.Lchown(in("long-link"), 12, 13))
+	do(os.Chmod(in("deep"), 0o700|os.ModeSetgid))
+	oracle.MustRun(t, "setfattr", "-n", "user.text", "-v", "value", in("content"))
+	oracle.MustRun(t, "setfattr", "-n", "user.bytes", "-v", "0x00ff0a3d", in("content"))
+	oracle.MustRun(t, "setfattr", "-n", "trusted.large", "-v", strings.Repeat("v", 900), in("deep"))
+	oracle.MustRun(t, "setfattr", "-n", "security.capability", "-v", "0x0100000200040000000000000000000000000000", in("setuid"))
+	oracle.MustRun(t, "setfacl", "-m", "u:1000:rwx,g:77:r-x,m::rwx", in("hard-1"))
+	oracle.MustRun(t, "setfacl", "-m", "d:u:1000:rwx,d:o::-", in("deep"))
+	at := time.Unix(1_700_000_000, 123_456_789)
+	for _, name := range []string{"content", "sparse", "deep/er", "names/new\nline", "setuid"} {
+		do(os.Chtimes(in(name), at, at.Add(time.Second)))
+	}
+	do(os.Chtimes(in("hard-1"), time.Unix(-1_000_000, 5), time.Unix(-2_000_000_000, 7)))
+}
+
+var totalLine = regexp.MustCompile(`(?m)^total \d+\n`)
+
+// TestLsKernel lists a file system as ls lists the kernel's mount of it.
+func TestLsKernel(t *testing.T) {
+	m := kernelImage(t, "-t", "ext4")
+	t.Setenv("LC_ALL", "C")
+	for _, args := range [][]string{{"-R"}, {"-lR"}, {"-laR"}, {"-a"}, {"-ld"}} {
+		theirs := oracle.MustRun(t, "ls", append(append([]string{"-n", "--time-style=long-iso", "--show-control-chars"}, args...), m.dir)...)
+		if !strings.ContainsAny(args[0], "l") {
+			theirs = oracle.MustRun(t, "ls", append(append([]string{"-1", "--show-control-chars"}, args...), m.dir)...)
+		}
+		theirs = totalLine.ReplaceAllString(theirs, "")
+		theirs = strings.ReplaceAll(theirs, m.dir, m.image+":")
+		ours := mustRun(t, append(append([]string{"ls"}, args...), m.image+":/")...)
+		ours = strings.ReplaceAll(ours, m.image+":/\n", m.image+":\n") // -d
+		ours = strings.Replace(ours, m.image+":/:\n", m.image+"::\n", 1)
+		if args[0] == "-laR" || args[0] == "-a" { // the parent of the mount is another
+			dots := regexp.MustCompile(`(?m)^.*\.\.\n`)
+			ours, theirs = dots.ReplaceAllString(ours, ""), dots.ReplaceAllString(theirs, "")
+			spaces := regexp.MustCompile(` +`)
+			ours, theirs = spaces.ReplaceAllString(ours, " "), spaces.ReplaceAllString(theirs, " ")
+		}
+		if diff := cmp.Diff(theirs, ours); diff != "" {
+			t.Errorf("%q: -ls +qimg\n%s", args, diff)
+		}
+	}
+	if got := mustRun(t, "ls", "-b", m.image+":/names"); !strings.HasPrefix(got, " space \n-rf\nback\\slash\nesc\\x1b[31m\nlatin\\xe9\nnew\\nline\nnnn") {
+		t.Errorf("escaped: %q", got)
+	}
+
+	// All that the kernel tells is in the JSON.
+	var list []struct {
+		Path, Type, Mode, Target string
+		Inode                    uint64
+		UID, GID                 uint32
+		Size, Blocks, Links      int64
+		Mtime                    int64 `json:"mtime-sec"`
+		MtimeNsec                int64 `json:"mtime-nsec"`
+		Major, Minor             uint32
+		Xattrs                   []struct {
+			Name, Value string
+			Hex         string `json:"value-hex"`
+		}
+	}
+	if err := json.Unmarshal([]byte(mustRun(t, "ls", "-R", "--xattrs", "--output=json", m.image+":/")), &list); err != nil {
+		t.Fatal(err)
+	}
+	seen := 0
+	for _, e := range list {
+		if e.Path == "" {
+			continue // no UTF-8
+		}
+		var st unix.Stat_t
+		if err := unix.Lstat(m.dir+e.Path, &st); err != nil {
+			t.Error(err)
+			continue
+		}
+		seen++
+		var names [4096]byte
+		n, err := unix.Llistxattr(m.dir+e.Path, names[:])
+		if err != nil {
+			t.Error(err)
+		}
+		var xattrs []string
+		for name := range strings.SplitSeq(strings.TrimRight(string(names[:n]), "\x00"), "\x00") {
+			if name != "" {
+				xattrs = append(xattrs, name)
+			}
+		}
+		if st.Ino != e.Inode || fmt.Sprintf("%04o", st.Mode&0o7777) != e.Mode || st.Uid != e.UID || st.Gid != e.GID || st.Size != e.Size ||
+			st.Blocks != e.Blocks || int64(st.Nlink) != e.Links || st.Mtim.Sec != e.Mtime || st.Mtim.Nsec != e.MtimeNsec ||
+			unix.Mkdev(e.Major, e.Minor) != st.Rdev || len(xattrs) != len(e.Xattrs) {
+			t.Errorf("%+v, expected %+v %q", e, st, xattrs)
+		}
+	}
+	if seen < 1530 {
+		t.Errorf("%d files", seen)
+	}
+}
+
+// TestCatKernel prints files as cat prints those of the kernel's mount.
+func TestCatKernel(t *testing.T) {
+	m := kernelImage(t, "-t", "ext3", "-b", "1024")
+	for _, name := range []string{"content", "sparse", "reserved", "absolute-link", "many/file-6", "many/file-7", "names/latin\xe9"} {
+		theirs, err := os.ReadFile(filepath.Join(m.dir, name))
+		if name == "absolute-link" {
+			theirs, err = []byte("guest\n"), nil
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ours := mustRun(t, "cat", m.image+":/"+name); ours != string(theirs) {
+			t.Errorf("%s: %d bytes, expected %d", name, len(ours), len(theirs))
+		}
+	}
+	if got := mustRun(t, "cat", m.image+":/etc/hostname", m.image+":/deep/up-link"); got != "guest\nguest\n" {
+		t.Errorf("%q", got)
+	}
+	for name, want := range map[string]string{
+		"nope": "no such file or directory", "loop-a": "too many levels of symbolic links", "etc": "is a directory",
+		"fifo": "a fifo has no content", "content/x": "not a directory",
+	} {
+		r := run(t, "cat", m.image+":/"+name)
+		if r.Code != 1 || r.Stdout != "" || !strings.Contains(r.Stderr, want) {
+			t.Errorf("%s: %+v", name, r)
+		}
+	}
+}
