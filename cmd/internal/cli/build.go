@@ -4,10 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"math"
-	"os"
-	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -44,14 +42,16 @@ type buildOptions struct {
 	align         string
 	disk          string
 	inPlace       bool
+
+	from sourceOptions
 }
 
 func newBuild(host Host) *cobra.Command {
 	o := buildOptions{}
 	cmd := &cobra.Command{
-		Use:   "build [SOURCE | --disk FILE.json] OUTPUT",
-		Short: "Make a disk with an ext4 file system from a directory",
-		Long: "Make a disk with an ext4 file system that holds what the directory SOURCE holds.\n" +
+		Use:   "build [SOURCE... | --disk FILE.json] OUTPUT",
+		Short: "Make a disk with an ext4 file system from directories, archives, container images",
+		Long: "Make a disk with an ext4 file system that holds what the sources hold.\n" +
 			"OUTPUT is complete or not there: an older file is replaced at the very end. Its\n" +
 			"extension tells the format: .qcow2; .raw, .img or .ext4 for raw. - is standard output,\n" +
 			"for a raw disk, and a block device is overwritten with -n.\n\n" +
@@ -59,8 +59,10 @@ func newBuild(host Host) *cobra.Command {
 			"kept, and SOURCE_DATE_EPOCH is an upper bound for all others. What the user may\n" +
 			"not see is not packed: trusted extended attributes show for root alone.\n\n" +
 			"Sizes are bytes, or have one of the suffixes k, M, G, T, P, E (powers of 1024).\n\n" +
-			diskHelp,
+			sourceHelp + "\n\n" + diskHelp,
 		Example: "  qimg build ./workload data.qcow2\n" +
+			"  qimg build base.tar.zst ./overlay --manifest devices.mtree root.qcow2\n" +
+			"  qimg build oci:image.tar:latest image.qcow2\n" +
 			"  qimg build --owner 1000 --free 2G --label data ./workload data.qcow2\n" +
 			"  qimg build -c --compression zstd --minimize ./workload small.qcow2\n" +
 			"  qimg build --partition gpt --partition-type linux-root-x86-64 ./root root.qcow2\n" +
@@ -82,8 +84,13 @@ func newBuild(host Host) *cobra.Command {
 	f.StringVar(&o.label, "label", "", "name of the file system, at most 16 bytes")
 	f.StringVar(&o.uuid, "uuid", "", "UUID of the file system (default: made from names, metadata and options)")
 	f.StringVar(&o.owner, "owner", "", "UID[:GID] that everything belongs to, GID being UID if not given (default: as in SOURCE)")
+	f.StringArrayVar(&o.from.uidMaps, "uid-map", nil, "FROM:TO:COUNT: uids from FROM on become those from TO on, others are an error (repeatable)")
+	f.StringArrayVar(&o.from.gidMaps, "gid-map", nil, "the same of gids")
 	f.StringVar(&o.modeMask, "mode-mask", "", "octal mode bits that files and directories keep: 755 takes write from group and others, and setuid, setgid, sticky from all")
 	f.StringArrayVar(&o.exclude, "exclude", nil, "leave out what matches, with all below it: a name as *.o, or with a slash a path from SOURCE as /tmp/* (repeatable)")
+	f.StringArrayVar(&o.from.manifests, "manifest", nil, "make and change what this list in the format of mtree(5) tells, over all sources: owners, modes, devices (repeatable)")
+	f.StringVar(&o.from.platform, "platform", "", "OS/ARCHITECTURE[/VARIANT] of a container image (default: linux and that of this machine)")
+	f.Int64Var(&o.from.maxEntries, "max-entries", 0, "refuse archives that make more entries (default: 8388608)")
 	f.StringVar(&o.compat, "compat", "1.1", "qcow2 version: 0.10 (v2) or 1.1 (v3)")
 	f.StringVar(&o.clusterSize, "cluster-size", "64k", "qcow2 cluster size")
 	f.BoolVarP(&o.compress, "compress", "c", false, "compress the qcow2 clusters")
@@ -104,7 +111,10 @@ func newBuild(host Host) *cobra.Command {
 
 // disk is a build with its options read.
 type disk struct {
-	source, output string
+	source, output string   // source is what messages call it
+	sources        []string // of which it is made
+	from           sourceOptions
+	set            *sourceSet // of sources, once they are open
 	scan           ext4img.ScanOptions
 	layout         ext4img.LayoutOptions
 	freePercent    float64 // of what is needed; 0: layout says
@@ -115,10 +125,15 @@ type disk struct {
 }
 
 func runBuild(ctx context.Context, host Host, o *buildOptions, given func(flag string) bool, args []string) error {
-	if len(args) != 2 {
+	if len(args) < 2 && (len(args) == 0 || len(o.from.manifests) == 0) {
 		return usagef("Expecting a source directory and an output file name")
 	}
-	d := o.newDisk(args[0], args[1])
+	if o.from.platform != "" && !slices.ContainsFunc(args, func(s string) bool { return strings.HasPrefix(s, ociPrefix) }) {
+		return errors.New("--platform goes with a source oci:PATH only")
+	}
+	last := len(args) - 1
+	d := o.newDisk(args[last], args[:last]...)
+	defer d.close()
 	if err := o.parse(d, host.Getenv); err != nil {
 		return err
 	}
@@ -139,7 +154,7 @@ func runBuild(ctx context.Context, host Host, o *buildOptions, given func(flag s
 	if err != nil {
 		return err
 	}
-	tree, err := d.scanTree(ctx, host.warnText)
+	tree, err := d.scanTree(ctx, host, host.warnText)
 	if err != nil {
 		return d.sourceError(err)
 	}
@@ -184,27 +199,18 @@ func (h Host) warnText(text string) {
 	fmt.Fprintf(h.Err, "%s: warning: %s\n", h.name, printable(text))
 }
 
-// newDisk begins a disk of what lies at source.
-func (o *buildOptions) newDisk(source, output string) *disk {
+// newDisk begins a disk of what the sources hold.
+func (o *buildOptions) newDisk(output string, sources ...string) *disk {
 	return &disk{
-		source: source, output: output, sizeHint: "Use --size %s or more.",
+		source: strings.Join(sources, " "), sources: sources, from: o.from, output: output, sizeHint: "Use --size %s or more.",
 		scan:   ext4img.ScanOptions{Exclude: o.exclude, SkipUnreadable: o.skipUnreadable},
 		layout: ext4img.LayoutOptions{Minimize: o.minimize, Label: o.label, NoJournal: o.noJournal},
 	}
 }
 
-// scanTree reads the source.
-func (d *disk) scanTree(ctx context.Context, warn func(string)) (*ext4img.Tree, error) {
-	d.scan.Warn = warn
-	if err := d.excludeOutput(warn); err != nil {
-		return nil, err
-	}
-	return ext4img.Scan(ctx, d.source, &d.scan)
-}
-
 // parse reads the options of the file system.
 func (o *buildOptions) parse(d *disk, getenv func(string) string) error {
-	return errors.Join(o.parseSizes(d), o.parseTree(d, getenv))
+	return errors.Join(o.parseSizes(d), o.parseTree(d, getenv), o.from.parse(&d.scan))
 }
 
 func (o *buildOptions) parseSizes(d *disk) (err error) {
@@ -296,60 +302,6 @@ func sourceDateEpoch(getenv func(string) string) (*int64, error) {
 	return &t, nil
 }
 
-// excludeOutput leaves the output out of the disk if it lies in the source,
-// and says so if there is something to leave out.
-func (d *disk) excludeOutput(warn func(string)) error {
-	source, err := filepath.EvalSymlinks(d.source)
-	if err == nil {
-		source, err = filepath.Abs(source)
-	}
-	if err != nil {
-		return nil // which the scan says better
-	}
-	places := []string{d.output}
-	if target, err := filepath.EvalSymlinks(d.output); err == nil && target != d.output {
-		places = append(places, target)
-	}
-	for _, p := range places {
-		dir, err := filepath.EvalSymlinks(filepath.Dir(p))
-		if err != nil {
-			continue // the output cannot be made there, which is said later
-		}
-		if dir, err = filepath.Abs(dir); err != nil {
-			return err
-		}
-		rel, err := filepath.Rel(source, filepath.Join(dir, filepath.Base(p)))
-		if err != nil || rel == "." || !filepath.IsLocal(rel) {
-			continue
-		}
-		if _, err := os.Lstat(p); err == nil {
-			d.scan.Exclude = append(d.scan.Exclude, "/"+literal(filepath.ToSlash(rel)))
-			warn(p + " is the output: it is left out")
-		}
-	}
-	return nil
-}
-
-// literal is the pattern that matches a path alone.
-func literal(path string) string {
-	return strings.NewReplacer(`\`, `\\`, "*", `\*`, "?", `\?`, "[", `\[`).Replace(path)
-}
-
-// sourceError names the place of an error in the source as the user does.
-func (d *disk) sourceError(err error) error {
-	var pe *fs.PathError
-	if !errors.As(err, &pe) || pe.Path == d.source {
-		return err
-	}
-	if !filepath.IsAbs(pe.Path) {
-		err = &fs.PathError{Op: pe.Op, Path: printable(filepath.Join(d.source, pe.Path)), Err: pe.Err}
-	}
-	if errors.Is(err, fs.ErrPermission) && !d.scan.SkipUnreadable {
-		return withHint(err, "Use --skip-unreadable to leave out what cannot be read.\n")
-	}
-	return err
-}
-
 // printable replaces what a terminal would take for a command.
 func printable(text string) string {
 	if utf8.ValidString(text) && strings.IndexFunc(text, func(r rune) bool { return !strconv.IsPrint(r) }) < 0 {
@@ -393,7 +345,7 @@ func (d *disk) tooSmall(e *ext4img.SizeError) error {
 		if i == 0 {
 			hint.WriteString("Largest directories:\n")
 		}
-		fmt.Fprintf(&hint, "%10s  %s\n", humanSize(uint64(dir.Bytes)), printable(filepath.Join(d.source, dir.Path)))
+		fmt.Fprintf(&hint, "%10s  %s\n", humanSize(uint64(dir.Bytes)), printable(d.sourcePath(dir.Path)))
 	}
 	err := fmt.Errorf("a disk of %s is too small: %s needs %s (%d bytes) and %d inodes",
 		humanSize(uint64(around(e.Size))), d.source, humanSize(uint64(e.Bytes)), e.Bytes, e.Inodes)

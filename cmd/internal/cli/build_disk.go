@@ -38,7 +38,10 @@ Of a partition, in the order on the disk:
 
   fs          ext4, fat, fat12, fat16, fat32, swap or none (default: fat for type esp,
               none without a source, else ext4)
-  source      the directory that ext4 and fat hold, from the place of the JSON file
+  source      the directory that ext4 and fat hold, from the place of the JSON file;
+              of ext4 any SOURCE but -
+  over        of ext4, a list of more sources, which lie over it
+  manifest, uid-map, gid-map  of ext4, lists, as the options
   file        in place of fs and source: a raw image, taken as it is
   size        of the partition, or "rest" for the last one of a disk with a size
               (default: what is needed, and free)
@@ -68,6 +71,10 @@ type diskFile struct {
 type diskPart struct {
 	FS        string   `json:"fs"`
 	Source    string   `json:"source"`
+	Over      []string `json:"over"`
+	Manifest  []string `json:"manifest"`
+	UIDMap    []string `json:"uid-map"`
+	GIDMap    []string `json:"gid-map"`
 	File      string   `json:"file"`
 	Size      string   `json:"size"`
 	Free      string   `json:"free"`
@@ -117,9 +124,19 @@ func readDiskFile(name string) (*diskFile, error) {
 		if p == nil {
 			return nil, fmt.Errorf("%s: partition %d is null", name, i+1)
 		}
-		for _, path := range []*string{&p.Source, &p.File} {
-			if *path != "" && !filepath.IsAbs(*path) {
-				*path = filepath.Join(filepath.Dir(name), *path)
+		paths := []*string{&p.Source, &p.File}
+		for _, list := range [][]string{p.Over, p.Manifest} {
+			for i := range list {
+				paths = append(paths, &list[i])
+			}
+		}
+		for _, path := range paths {
+			image, ok := strings.CutPrefix(*path, ociPrefix)
+			if image != "" && !filepath.IsAbs(image) {
+				image = filepath.Join(filepath.Dir(name), image)
+			}
+			if *path = image; ok {
+				*path = ociPrefix + image
 			}
 		}
 		p.complete()
@@ -169,6 +186,10 @@ func (p *diskPart) check() error {
 		{p.Minimize, "minimize", tree},
 		{p.FSLabel != "", "fs-label", tree || p.FS == "swap"},
 		{p.FSUUID != "", "fs-uuid", tree || p.FS == "swap"},
+		{len(p.Over) > 0, "over", p.FS == "ext4"},
+		{len(p.Manifest) > 0, "manifest", p.FS == "ext4"},
+		{len(p.UIDMap) > 0, "uid-map", p.FS == "ext4"},
+		{len(p.GIDMap) > 0, "gid-map", p.FS == "ext4"},
 		{p.Owner != "", "owner", p.FS == "ext4"},
 		{p.ModeMask != "", "mode-mask", p.FS == "ext4"},
 		{len(p.Exclude) > 0, "exclude", p.FS == "ext4"},
@@ -225,7 +246,7 @@ func runBuildDisk(ctx context.Context, host Host, o *buildOptions, given func(fl
 		return usagef("Expecting one output file name with --disk")
 	}
 	for _, flag := range []string{"size", "free", "minimize", "label", "uuid", "owner", "mode-mask", "exclude", "block-size",
-		"no-journal", "reserved", "partition", "partition-type", "align"} {
+		"no-journal", "reserved", "partition", "partition-type", "align", "manifest", "uid-map", "gid-map"} {
 		if given(flag) {
 			return fmt.Errorf("--%s does not go with --disk, whose file says such things", flag)
 		}
@@ -402,6 +423,7 @@ func (d *partitionedDisk) ext4Content(ctx context.Context, p *diskPart, part *pa
 		free: p.Free, minimize: p.Minimize, label: p.FSLabel, uuid: p.FSUUID, owner: p.Owner, modeMask: p.ModeMask,
 		exclude: p.Exclude, blockSize: p.BlockSize, noJournal: p.NoJournal, reserved: p.Reserved,
 		skipUnreadable: d.opts.skipUnreadable,
+		from:           sourceOptions{manifests: p.Manifest, uidMaps: p.UIDMap, gidMaps: p.GIDMap, platform: d.opts.from.platform, maxEntries: d.opts.from.maxEntries},
 	}
 	if o.blockSize == "" {
 		o.blockSize = "4k"
@@ -409,13 +431,14 @@ func (d *partitionedDisk) ext4Content(ctx context.Context, p *diskPart, part *pa
 	if o.reserved == "" {
 		o.reserved = "0"
 	}
-	fs := o.newDisk(p.Source, d.target.output)
+	fs := o.newDisk(d.target.output, append([]string{p.Source}, p.Over...)...)
 	if err := o.parse(fs, d.host.Getenv); err != nil {
 		return nil, err
 	}
 	fs.layout.Size = part.Size
 	fs.sizeHint = `Use "size": "%s" or more.`
-	tree, err := fs.scanTree(ctx, d.warn)
+	d.closers = append(d.closers, fs.close)
+	tree, err := fs.scanTree(ctx, d.host, d.warn)
 	if err != nil {
 		return nil, fs.sourceError(err)
 	}
