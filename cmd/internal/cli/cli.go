@@ -110,6 +110,7 @@ func newRoot(host Host) *cobra.Command {
 		newResize(host),
 		newSnapshot(host),
 		newStat(host),
+		newTar(host),
 		newTree(host),
 	)
 	for _, c := range root.Commands() {
