@@ -13,7 +13,8 @@ import (
 // ErrUnsupported.
 //
 // Clusters are compressed in the goroutine of the caller, so that several can
-// work side by side. OpenOptions.CompressionLevel says how hard. Order: as
+// work side by side; where they go in the file depends on which comes first then:
+// see CompressedWriter. OpenOptions.CompressionLevel says how hard. Order: as
 // WriteAt.
 func (im *Image) WriteCompressed(p []byte, off int64) error {
 	c, cluster, err := im.compressor(off, int64(len(p)))
@@ -22,7 +23,12 @@ func (im *Image) WriteCompressed(p []byte, off int64) error {
 	}
 	for len(p) > 0 {
 		part := p[:min(int64(len(p)), cluster)]
-		if err := im.compressCluster(c, part, off, cluster); err != nil {
+		k, err := c.pack(part, off, cluster)
+		if err == nil {
+			err = im.placePacked(k)
+			c.drop(k)
+		}
+		if err != nil {
 			return err
 		}
 		p, off = p[len(part):], off+int64(len(part))
@@ -48,33 +54,48 @@ func (im *Image) compressor(off, n int64) (*compressor, int64, error) {
 	return p.c, cluster, p.err
 }
 
-// compressCluster compresses p, a cluster or its part before the end of the disk,
-// and places it.
-func (im *Image) compressCluster(c *compressor, p []byte, off, cluster int64) error {
-	var packed *[]byte
-	zero := transfer.IsZero(p)
-	if !zero {
-		whole := p
-		if short := cluster - int64(len(p)); short > 0 {
-			whole = append(append(make([]byte, 0, cluster), p...), make([]byte, short)...)
-		}
-		var err error
-		if packed, err = c.compress(whole); err != nil {
-			return err
-		}
-		if packed != nil {
-			defer c.buffers.Put(packed)
-		}
+// packed is a cluster, or the part of one before the end of a disk, in the form
+// that it is stored in.
+type packed struct {
+	off  int64
+	p    []byte
+	zero bool
+	buf  *[]byte // p compressed, of the pool; nil: it does not get smaller
+}
+
+// pack finds the form for p, which lies at off.
+func (c *compressor) pack(p []byte, off, cluster int64) (packed, error) {
+	k := packed{off: off, p: p, zero: transfer.IsZero(p)}
+	if k.zero {
+		return k, nil
 	}
-	return im.change("write compressed", off, int64(len(p)), func() (err error) {
+	whole := p
+	if short := cluster - int64(len(p)); short > 0 {
+		whole = append(append(make([]byte, 0, cluster), p...), make([]byte, short)...)
+	}
+	var err error
+	k.buf, err = c.compress(whole)
+	return k, err
+}
+
+// drop gives back what was packed.
+func (c *compressor) drop(k packed) {
+	if k.buf != nil {
+		c.buffers.Put(k.buf)
+	}
+}
+
+// placePacked stores a cluster.
+func (im *Image) placePacked(k packed) error {
+	return im.change("write compressed", k.off, int64(len(k.p)), func() (err error) {
 		switch {
-		case zero:
-			return im.zeroGuest(off, int64(len(p)))
-		case packed == nil:
-			_, err = im.writeGuest(p, off)
+		case k.zero:
+			return im.zeroGuest(k.off, int64(len(k.p)))
+		case k.buf == nil:
+			_, err = im.writeGuest(k.p, k.off)
 			return err
 		}
-		return im.placeCompressed(*packed, off)
+		return im.placeCompressed(*k.buf, k.off)
 	})
 }
 

@@ -12,7 +12,9 @@ import (
 	"testing"
 
 	"qimg/qcow2"
+	"qimg/qcow2/blockdev"
 	"qimg/qcow2/blockdev/oracle"
+	"qimg/qcow2/transfer"
 )
 
 // Clusters that are written compressed, among other changes, read as they were
@@ -169,5 +171,100 @@ func TestWriteCompressedFreed(t *testing.T) {
 	}
 	if err := intact(t, m, nil, want, true); err != nil {
 		t.Error(err)
+	}
+}
+
+// What a CompressedWriter writes from many goroutines does not depend on them, and
+// reads as it was written.
+func TestCompressedWriter(t *testing.T) {
+	oracle.Require(t, "qemu-img")
+	const cluster, size = 4096, 300*4096 - 512
+	disk := make([]byte, size)
+	r := rand.New(rand.NewPCG(1, 7))
+	for at := 0; at < size; at += cluster {
+		part := disk[at:min(size, at+cluster)]
+		switch r.IntN(4) {
+		case 0:
+		case 1:
+			copy(part, noise(byte(at>>12), len(part)))
+		default:
+			copy(part, bytes.Repeat([]byte{byte(r.Uint32())}, r.IntN(len(part))))
+		}
+	}
+	path := filepath.Join(t.TempDir(), "image")
+	saveFile(t, newImage(t, size, qcow2.FormatOptions{ClusterSize: cluster}), path)
+	before, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var first []byte
+	for run := range 6 {
+		if err := os.WriteFile(path, before, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		im, err := qcow2.Open(path, &qcow2.OpenOptions{Write: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		w, err := im.NewCompressedWriter()
+		if err != nil {
+			t.Fatal(err)
+		}
+		src := blockdev.NewMemory(size)
+		if _, err := src.WriteAt(disk, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := transfer.Copy(t.Context(), w, src, &transfer.Options{Workers: 1 + 3*run}); err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, size)
+		if _, err := im.ReadAt(got, 0); err != nil || !bytes.Equal(got, disk) {
+			t.Errorf("the guest reads something else, %v", err)
+		}
+		if err := im.Close(); err != nil {
+			t.Fatal(err)
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if first == nil {
+			first = b
+			if r := oracle.Run(t, "qemu-img", "check", path); r.Code != 0 {
+				t.Errorf("check: %+v", r)
+			}
+		}
+		if !bytes.Equal(b, first) {
+			t.Errorf("run %d makes another image than the first", run)
+		}
+	}
+}
+
+// An error, and Abort, end those who wait for their turn.
+func TestCompressedWriterAbort(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "image")
+	saveFile(t, newImage(t, 1<<20, qcow2.FormatOptions{}), path)
+	im, err := qcow2.Open(path, &qcow2.OpenOptions{Write: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer im.Close()
+	for _, end := range []func(w *qcow2.CompressedWriter) error{
+		func(w *qcow2.CompressedWriter) error { w.Abort(); return os.ErrClosed },
+		func(w *qcow2.CompressedWriter) error { return w.WriteZeroes(0, 2<<20) },
+	} {
+		w, err := im.NewCompressedWriter()
+		if err != nil {
+			t.Fatal(err)
+		}
+		waits := make(chan error)
+		go func() { _, err := w.WriteAt(make([]byte, 65536), 65536); waits <- err }()
+		want := end(w)
+		if err := <-waits; want == nil || !errors.Is(err, want) {
+			t.Errorf("%v, want %v", err, want)
+		}
+		if err := w.Skip(0, 65536); !errors.Is(err, want) {
+			t.Errorf("%v, want %v", err, want)
+		}
 	}
 }

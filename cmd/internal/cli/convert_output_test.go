@@ -124,6 +124,40 @@ func TestConvertSameBytes(t *testing.T) {
 			}
 		}
 	}
+	// Neither does one that exists and is written in place.
+	mustRun(t, "create", "-q", "-f", "qcow2", "old", "6M")
+	mustRun(t, "convert", "-f", "raw", "-O", "qcow2", "-c", "disk", "full")
+	mustRun(t, "resize", "-q", "full", "6M")
+	mustRun(t, "snapshot", "-c", "before", "full")
+	for _, form := range []string{"-n old", "-n -c old", "-n full", "-n -c full", "-n --target-is-zero old", "-o preallocation=metadata out", "-o data_file=data out"} {
+		var first [][]byte
+		for i := range 12 {
+			args := strings.Fields("convert -f raw -O qcow2 -m " + []string{"1", "3", "16"}[i%3] + " " + form)
+			out := args[len(args)-1]
+			if out != "out" {
+				b, err := os.ReadFile(out)
+				if err != nil {
+					t.Fatal(err)
+				}
+				writeFile(t, "out", string(b))
+			}
+			previous := runtime.GOMAXPROCS(1 + i%5)
+			mustRun(t, append(args[:len(args)-1], "disk", "out")...)
+			runtime.GOMAXPROCS(previous)
+			var made [][]byte
+			for _, name := range []string{"out", "data"} {
+				if b, err := os.ReadFile(name); err == nil {
+					made = append(made, b)
+				}
+			}
+			if first == nil {
+				first = made
+			}
+			if !slices.EqualFunc(made, first, bytes.Equal) {
+				t.Errorf("%s: run %d makes another image than the first", form, i)
+			}
+		}
+	}
 	for _, typ := range []string{"zlib", "zstd"} {
 		var sizes []int64
 		for _, level := range []string{"1", "9"} {

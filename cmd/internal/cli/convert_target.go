@@ -120,11 +120,7 @@ func (t *convertTarget) open(ctx context.Context) (err error) {
 	if err := t.openBacking(); err != nil {
 		return couldNotOpen(t.name, err)
 	}
-	if err := t.checkBitmapSupport("qcow2", t.create.Version); err != nil || t.writer != nil {
-		return err
-	}
-	t.made, err = t.openMade()
-	return err
+	return t.checkBitmapSupport("qcow2", t.create.Version)
 }
 
 // checkBitmapSupport refuses --bitmaps for an image that has none.
@@ -296,10 +292,6 @@ func (t *convertTarget) copy(ctx context.Context, srcs *convertSources, p *progr
 		}
 		return copyError(transfer.Stream(ctx, w, srcs, opts))
 	}
-	dst, err := t.device()
-	if err != nil {
-		return err
-	}
 	if t.backing != nil {
 		srcs.split = t.backing.size()
 	}
@@ -311,16 +303,27 @@ func (t *convertTarget) copy(ctx context.Context, srcs *convertSources, p *progr
 	case t.o.noCreate:
 		opts.TargetIsZero = t.o.targetIsZero
 	default:
-		opts.TargetIsZero = t.files.image.out != nil && !t.allocated
+		opts.TargetIsZero = t.readsZero()
 	}
-	if err := transfer.Copy(ctx, dst, srcs, opts); err != nil {
-		return copyError(err)
+	return copyError(t.transfer(ctx, srcs, opts))
+}
+
+// readsZero reports whether a new image reads as zeroes before it is written.
+func (t *convertTarget) readsZero() bool { return t.files.image.out != nil && !t.allocated }
+
+// transfer copies src to the output.
+func (t *convertTarget) transfer(ctx context.Context, src blockdev.Reader, opts *transfer.Options) error {
+	dst, err := t.device()
+	if err != nil {
+		return err
 	}
-	if t.writer != nil {
-		t.finished = true
-		return t.writer.Finish()
+	// Clusters get their places as they are written.
+	_, opts.InOrder = dst.(*qcow2.Image)
+	if err := transfer.Copy(ctx, dst, src, opts); err != nil || t.writer == nil {
+		return err
 	}
-	return nil
+	t.finished = true
+	return t.writer.Finish()
 }
 
 // device returns what the copy is written to.
@@ -328,12 +331,14 @@ func (t *convertTarget) device() (transfer.Target, error) {
 	switch {
 	case t.writer != nil:
 		return t.writer, nil
-	case t.made != nil:
-		return t.made, nil
+	case t.create != nil:
+		var err error
+		t.made, err = t.openMade()
+		return t.made, err
 	case t.existing == nil:
 		return t.files.image.dev, nil
 	case t.existing.qcow2 != nil && t.o.compress:
-		return compressedTarget{t.existing.qcow2}, nil
+		return t.existing.qcow2.NewCompressedWriter()
 	case t.existing.qcow2 != nil:
 		return t.existing.qcow2, nil
 	}
@@ -343,34 +348,6 @@ func (t *convertTarget) device() (transfer.Target, error) {
 	}
 	return dev, nil
 }
-
-// compressedTarget is an image that exists, whose clusters are written
-// compressed.
-type compressedTarget struct{ im *qcow2.Image }
-
-func (t compressedTarget) Size() int64 { return t.im.Size() }
-
-func (t compressedTarget) Granularity() int64 {
-	h := t.im.Header()
-	return h.ClusterSize()
-}
-
-// WriteAt writes a part of a cluster as it is: the inputs can end in the middle
-// of one.
-func (t compressedTarget) WriteAt(p []byte, off int64) (int, error) {
-	whole := len(p)
-	if off+int64(len(p)) < t.im.Size() {
-		whole -= whole % int(t.Granularity())
-	}
-	if err := t.im.WriteCompressed(p[:whole], off); err != nil {
-		return 0, err
-	}
-	n, err := t.im.WriteAt(p[whole:], off+int64(whole))
-	return whole + n, err
-}
-
-func (t compressedTarget) WriteZeroes(off, n int64) error { return t.im.WriteZeroes(off, n) }
-func (t compressedTarget) Skip(_, _ int64) error          { return nil }
 
 // forBitmaps returns the output as an image whose bitmaps can be changed, and
 // what is to be called then.

@@ -141,17 +141,7 @@ func (o *ddOptions) cut(srcs *convertSources) (behind bool, err error) {
 }
 
 func (o *ddOptions) copy(ctx context.Context, out *convertTarget, srcs *convertSources) error {
-	if out.create != nil && out.writer == nil { // a device, which is written in place
-		var err error
-		if out.made, err = out.openMade(); err != nil {
-			return err
-		}
-	}
-	dst, err := out.device()
-	if err != nil {
-		return err
-	}
-	err = transfer.Copy(ctx, dst, srcs, &transfer.Options{TargetIsZero: out.files.image.out != nil})
+	err := out.transfer(ctx, srcs, &transfer.Options{TargetIsZero: out.readsZero()})
 	var read *transfer.ReadError
 	var write *transfer.WriteError
 	switch {
@@ -159,9 +149,6 @@ func (o *ddOptions) copy(ctx context.Context, out *convertTarget, srcs *convertS
 		return messagef("error while reading from input image file: %w", &ioError{read.Err})
 	case errors.As(err, &write):
 		return messagef("error while writing to output image file: %w", &ioError{write.Err})
-	case err != nil || out.writer == nil:
-		return err
 	}
-	out.finished = true
-	return out.writer.Finish()
+	return err
 }
