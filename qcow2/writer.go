@@ -56,7 +56,7 @@ type WriterOptions struct {
 // it. WriteAt takes whole clusters (see Granularity), compresses them in the
 // goroutine of the caller, and places them in the order of the guest, so that
 // the image does not depend on the number of goroutines. A cluster that comes
-// before its turn is kept; when 16 MiB are kept the caller has to wait until
+// before its turn is kept; when 12 MiB are kept the caller has to wait until
 // those before it have come. So each goroutine has to take the lowest part of
 // the plan that no other has taken, and everything planned has to be written,
 // or named by WriteZeroes; else WriteAt waits forever (Abort ends that).

@@ -43,17 +43,19 @@ type compressor struct {
 	deflate sync.Pool     // of *flate.Writer
 	effort  deflate.Effort
 	small   sync.Pool // of *deflate.Encoder, used if there is an effort
-	buffers sync.Pool // of *[]byte with room for a cluster and a little more
+	buffers sync.Pool // of *[]byte of bufferSize
+	// bufferSize is a cluster and a little more.
+	bufferSize int64
 }
 
 func newCompressor(typ CompressionType, level int, clusterSize int64) (*compressor, error) {
 	if level < 0 || level > MaxCompressionLevel {
 		return nil, optionError("Compression level must be between 1 and %d", MaxCompressionLevel)
 	}
-	c := &compressor{effort: deflateEfforts[level]}
+	c := &compressor{effort: deflateEfforts[level], bufferSize: clusterSize + clusterSize/8 + 64}
 	c.small.New = func() any { return &deflate.Encoder{} }
 	c.buffers.New = func() any {
-		b := make([]byte, 0, clusterSize+clusterSize/8+64)
+		b := make([]byte, 0, c.bufferSize)
 		return &b
 	}
 	if typ == CompressionZstd {

@@ -14,8 +14,9 @@ import (
 	"qimg/qcow2/transfer"
 )
 
-// parkedBytes is how much is kept at most that has come before its turn.
-const parkedBytes = 16 << 20
+// parkedBytes is how much is kept at most that has come before its turn, in the
+// buffers of a compressor.
+const parkedBytes = 12 << 20
 
 // growStep is by how much a device grows whose final size is not known yet.
 const growStep = 64 << 20
@@ -79,7 +80,7 @@ func newOrderedWriter(w *Writer, opts *WriterOptions) (*orderedWriter, error) {
 	o := &orderedWriter{
 		w: w, c: c, compress: opts.Compress, storeZeroes: opts.StoreZeroes, direct: !opts.Compress && w.crypt == nil,
 		parked:  map[int64]content{},
-		limit:   int(max(8, parkedBytes>>w.geo.clusterBits)),
+		limit:   int(parkedBytes / c.bufferSize),
 		alloc:   newAppender(&w.geo),
 		l1:      make([]uint64, w.header.L1Size), // at most maxL1Size bytes, see setSize
 		l2:      make([]byte, w.geo.clusterSize),

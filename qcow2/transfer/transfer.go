@@ -46,19 +46,21 @@ const (
 	// DefaultSparse is the shortest run of zeroes that is looked for in data,
 	// that of qemu-img.
 	DefaultSparse = 4096
-	// MaxWorkers bounds the workers, and so the memory: each has a buffer of
-	// BufferSize.
+	// MaxWorkers bounds the workers.
 	MaxWorkers = 16
 	// BufferSize is how many bytes are read and written at once at most. No
 	// piece crosses a multiple of it.
 	BufferSize = 1 << 20
+	// maxInFlight bounds what all workers have in memory at once, in bytes.
+	maxInFlight = 24 << 20
 )
 
 // Options says how Copy copies. The zero value, and nil, mean: everything, by one
 // worker for each processor.
 type Options struct {
-	// Workers is how many pieces are on their way at the same time; 0 means
-	// one for each processor, at most MaxWorkers.
+	// Workers is how many pieces are on their way at the same time, at most
+	// MaxWorkers, and as many as Copy has the memory for; 0 means one for each
+	// processor.
 	Workers int
 	// Sparse is the shortest run of zeroes in data, in bytes, that is not written
 	// as data: a multiple of 512. 0 means DefaultSparse. A negative number
@@ -121,7 +123,8 @@ func (e *WriteError) Unwrap() error { return e.Err }
 // dst has behind the end of src is left alone. Copy does not sync.
 //
 // An error is a *ReadError, a *WriteError or that of ctx; dst has some of the
-// data then. Memory is that of the buffers: Workers x BufferSize, twice
+// data then. Memory is at most 24 MiB, with what the target makes of a unit in
+// each worker: BufferSize, or a unit if that is larger, for each of them, twice
 // with Options.Base.
 func Copy(ctx context.Context, dst Target, src blockdev.Reader, opts *Options) error {
 	c, err := newCopier(dst, src, opts)
@@ -164,7 +167,6 @@ func newCopier(dst Target, src blockdev.Reader, opts *Options) (*copier, error) 
 	if c.opts.Workers <= 0 {
 		c.opts.Workers = runtime.GOMAXPROCS(0)
 	}
-	c.opts.Workers = min(c.opts.Workers, MaxWorkers)
 	if c.opts.Sparse == 0 {
 		c.opts.Sparse = DefaultSparse
 	}
@@ -184,6 +186,11 @@ func newCopier(dst Target, src blockdev.Reader, opts *Options) (*copier, error) 
 		return nil, fmt.Errorf("the target is written in units of %d bytes, at most %d are expected", c.grain, 2*BufferSize)
 	}
 	c.buffer = max(BufferSize, c.grain)
+	needs := c.buffer + c.grain
+	if c.opts.Base != nil {
+		needs += c.buffer
+	}
+	c.opts.Workers = min(c.opts.Workers, MaxWorkers, int(maxInFlight/needs))
 	if c.opts.KernelCopy {
 		c.copies, _ = dst.(blockdev.RangeCopier)
 	}
