@@ -7,9 +7,8 @@
 // behind the end. Several members, frames or streams one after another are one
 // content, as for the programs gzip, xz, zstd and bzip2.
 //
-// The size of the content is bounded by what the input declares (xz for the whole,
-// zstd for each frame), by the most that deflate can do (gzip), and by
-// Options.MaxSize. Memory is that of the window, which is bounded, too:
+// The size of the content is bounded, see Options.MaxSize, and so is memory, by the
+// window:
 //
 //	gzip   32 KiB
 //	bzip2  a block of 900 kB, four times
@@ -27,6 +26,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
@@ -59,8 +59,8 @@ var (
 )
 
 const (
-	// DefaultMaxSize is the bound of the content where Options.MaxSize names
-	// none, 256 GiB.
+	// DefaultMaxSize is the bound of the content where neither Options.MaxSize nor
+	// the input names one, 256 GiB.
 	DefaultMaxSize = 256 << 30
 	// maxGzipRatio is the most that deflate can do.
 	maxGzipRatio = 1032
@@ -99,22 +99,40 @@ func Detect(r io.ReaderAt) (string, error) {
 type Options struct {
 	// Format is the name of the format; "" means that of Detect.
 	Format string
-	// MaxSize bounds the size of the content in bytes; 0 means DefaultMaxSize.
+	// MaxSize bounds the size of the content in bytes: more is a *SizeError. 0
+	// means what the input declares, where it does: xz in its index, zstd in
+	// its first frame if that is more than DefaultMaxSize; and DefaultMaxSize
+	// elsewhere. Whatever it says, content that is not what the input declares
+	// is ErrCorrupt, and gzip is held to the most that deflate can do.
 	MaxSize int64
 }
 
+// SizeError is an error of content that is larger than allowed. It matches ErrLimit.
+type SizeError struct {
+	Max int64 // what is allowed, in bytes
+}
+
+func (e *SizeError) Error() string {
+	return fmt.Sprintf("the content has more than %d bytes: %v", e.Max, ErrLimit)
+}
+
+// Unwrap returns ErrLimit.
+func (e *SizeError) Unwrap() error { return ErrLimit }
+
 // content writes what src decompresses to.
 func content(ctx context.Context, dst *sparseFile, src blockdev.Reader, opts *Options) error {
-	format, limit := opts.Format, opts.MaxSize
-	if limit == 0 {
-		limit = DefaultMaxSize
-	}
 	found, err := Detect(src)
 	switch {
 	case err != nil:
 		return err
-	case found == "", format != "" && format != found:
+	case found == "", opts.Format != "" && opts.Format != found:
 		return ErrFormat
+	}
+	limit := opts.MaxSize
+	if limit == 0 {
+		if limit, err = declared(src, found); err != nil {
+			return err
+		}
 	}
 	in := bufio.NewReaderSize(&contextReader{ctx, io.NewSectionReader(src, 0, src.Size()), nil}, inputBuffer)
 	switch found {
@@ -140,6 +158,25 @@ func content(ctx context.Context, dst *sparseFile, src blockdev.Reader, opts *Op
 		}
 	}
 	return inputError(found, err)
+}
+
+// declared bounds the content of an input by what it says itself, where it does.
+func declared(src blockdev.Reader, format string) (int64, error) {
+	switch format {
+	case XZ:
+		return math.MaxInt64, nil // each block is held to the index
+	case Zstd:
+		var h zstd.Header
+		b := make([]byte, zstd.HeaderMaxSize)
+		n, err := src.ReadAt(b, 0)
+		if n < len(b) && err != io.EOF {
+			return 0, err
+		}
+		if h.Decode(b[:n]) == nil && h.HasFCS && h.FrameContentSize < math.MaxInt64 {
+			return max(int64(h.FrameContentSize), DefaultMaxSize), nil
+		}
+	}
+	return DefaultMaxSize, nil
 }
 
 // inputError makes an error of a decompressor one that matches ErrCorrupt, or

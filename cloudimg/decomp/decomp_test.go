@@ -10,6 +10,8 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"runtime"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"testing"
@@ -209,9 +211,15 @@ func TestWindows(t *testing.T) {
 	if _, err := open(t, b, nil); !errors.Is(err, decomp.ErrLimit) {
 		t.Errorf("zstd: %v, want ErrLimit", err)
 	}
-	// A block of 5 bytes that says it has 1 GiB of content, and a dictionary
-	// for that.
-	header := []byte{2, 0, 0x21, 1, 40, 0, 0, 0}
+	if _, err := open(t, declaring(1<<30, 40), nil); !errors.Is(err, decomp.ErrLimit) {
+		t.Errorf("xz: %v, want ErrLimit", err)
+	}
+}
+
+// declaring is an xz file with a block of 5 bytes that says it has so much content,
+// and a dictionary of the size that has a number.
+func declaring(size uint64, dict byte) []byte {
+	header := []byte{2, 0, 0x21, 1, dict, 0, 0, 0}
 	header = binary.LittleEndian.AppendUint32(header, crc32.ChecksumIEEE(header))
 	const flags = "\x00\x00"
 	var file []byte
@@ -220,7 +228,7 @@ func TestWindows(t *testing.T) {
 	file = append(file, header...)
 	file = append(file, 0, 0, 0, 0)
 	index := []byte{0, 1, 13}
-	index = binary.AppendUvarint(index, 1<<30)
+	index = binary.AppendUvarint(index, size)
 	for len(index)%4 != 0 {
 		index = append(index, 0)
 	}
@@ -229,10 +237,7 @@ func TestWindows(t *testing.T) {
 	footer := binary.LittleEndian.AppendUint32(nil, uint32(len(index)+4)/4-1)
 	footer = append(footer, flags...)
 	file = binary.LittleEndian.AppendUint32(file, crc32.ChecksumIEEE(footer))
-	file = append(append(file, footer...), "YZ"...)
-	if _, err := open(t, file, nil); !errors.Is(err, decomp.ErrLimit) {
-		t.Errorf("xz: %v, want ErrLimit", err)
-	}
+	return append(append(file, footer...), "YZ"...)
 }
 
 // TestChecks has a check in xz files that does not fit.
@@ -310,4 +315,71 @@ func TestSeeds(t *testing.T) {
 			t.Errorf("seed %d is empty", i)
 		}
 	}
+}
+
+// TestDeclared has inputs that say how much they hold: xz is held to that alone, zstd
+// may have more than others by it.
+func TestDeclared(t *testing.T) {
+	xz := declaring(300<<30, 0)
+	var size *decomp.SizeError
+	if _, err := open(t, xz, nil); !errors.Is(err, decomp.ErrCorrupt) || errors.As(err, &size) {
+		t.Errorf("xz: %v, want no limit, and ErrCorrupt", err)
+	}
+	if _, err := open(t, xz, &decomp.Options{MaxSize: 299 << 30}); !errors.As(err, &size) || size.Max != 299<<30 {
+		t.Errorf("xz: %v, want a SizeError", err)
+	}
+	frame := func(content uint64) []byte { // of a frame with a window
+		return binary.LittleEndian.AppendUint64([]byte("\x28\xb5\x2f\xfd\xc0\x50"), content)
+	}
+	for _, c := range []struct {
+		format string
+		input  []byte
+		want   int64
+	}{
+		{decomp.Zstd, frame(300 << 30), 300 << 30},
+		{decomp.Zstd, frame(1 << 20), decomp.DefaultMaxSize},
+		{decomp.Zstd, frame(1 << 63), decomp.DefaultMaxSize},
+		{decomp.Zstd, []byte("\x28\xb5\x2f\xfd\x00\x50"), decomp.DefaultMaxSize},
+		{decomp.Zstd, []byte("\x28\xb5\x2f"), decomp.DefaultMaxSize},
+		{decomp.Gzip, nil, decomp.DefaultMaxSize},
+		{decomp.Bzip2, nil, decomp.DefaultMaxSize},
+	} {
+		if got, err := decomp.Declared(memory(c.input), c.format); got != c.want || err != nil {
+			t.Errorf("%s %x: %d, %v, want %d", c.format, c.input, got, err, c.want)
+		}
+	}
+}
+
+// TestMemory has dictionaries and windows that are as large as can be: there is never
+// a second one.
+func TestMemory(t *testing.T) {
+	want := make([]byte, 260<<20)
+	r := rand.New(rand.NewPCG(1, 1))
+	for at := 0; at < len(want); at += 1 << 20 {
+		for i := range 100 {
+			want[at+i] = byte(r.Uint32())
+		}
+	}
+	for _, p := range []string{"xz -0 --lzma2=preset=0,dict=64MiB --block-size=65MiB", "xz -0 --lzma2=preset=0,dict=8MiB --block-size=8MiB", "zstd -q -1 --long=26"} {
+		b := run(t, want, p)
+		debug.FreeOSMemory()
+		before := heapTaken()
+		d, err := open(t, b, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if taken := heapTaken() - before; taken > 90<<20 {
+			t.Errorf("%s: %d MiB", p, taken>>20)
+		} else {
+			t.Logf("%s: %d MiB", p, taken>>20)
+		}
+		d.Close()
+	}
+}
+
+// heapTaken is what the heap has taken from the system at most.
+func heapTaken() int64 {
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapSys - m.HeapReleased)
 }

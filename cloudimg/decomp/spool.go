@@ -130,7 +130,7 @@ func (s *sparseFile) copy(r io.Reader, limit int64) error {
 	for {
 		n, err := io.ReadFull(r, buf)
 		if int64(n) > limit-s.size {
-			return fmt.Errorf("the content has more than %d bytes: %w", limit, ErrLimit)
+			return &SizeError{limit}
 		}
 		if e := s.write(buf[:n], s.size); e != nil {
 			return e

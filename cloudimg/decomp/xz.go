@@ -128,7 +128,7 @@ func xzStreams(ctx context.Context, src blockdev.Reader, limit int64) ([]xzStrea
 			}
 			blocks += (unpadded + 3) &^ 3
 			if size > limit-total {
-				return fmt.Errorf("the content has more than %d bytes: %w", limit, ErrLimit)
+				return &SizeError{limit}
 			}
 			total += size
 			return nil
@@ -273,6 +273,7 @@ type xzDecoder struct {
 	ready   sync.Cond
 	running int
 	dicts   int64 // bytes of their dictionaries
+	spent   int64 // bytes of those that are no longer used
 	err     error
 }
 
@@ -299,13 +300,20 @@ func (d *xzDecoder) start(b xzBlock) error {
 	if err == nil {
 		err = d.ctx.Err()
 	}
+	collect := false
 	if err == nil {
 		d.running++
 		d.dicts += h.dict
+		if collect = d.spent > 0 && d.spent+h.dict > xzDictBudget/2; collect {
+			d.spent = 0
+		}
 	}
 	d.mu.Unlock()
 	if err != nil {
 		return err
+	}
+	if collect { // else the heap grows to twice its size before that
+		runtime.GC()
 	}
 	d.wg.Go(func() {
 		if err := d.decode(&b, &h); err != nil {
@@ -314,6 +322,7 @@ func (d *xzDecoder) start(b xzBlock) error {
 		d.mu.Lock()
 		d.running--
 		d.dicts -= h.dict
+		d.spent += h.dict
 		d.ready.Signal()
 		d.mu.Unlock()
 	})

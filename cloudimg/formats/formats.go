@@ -77,8 +77,9 @@ type Options struct {
 	// is as large as the data in its content. Without it such an image is
 	// refused.
 	TempDir string
-	// MaxSize bounds the content of a compressed image in bytes; 0 means
-	// decomp.DefaultMaxSize.
+	// MaxSize bounds the content of a compressed image in bytes, as that of
+	// decomp.Options does; what has more is a *decomp.SizeError. It is for no
+	// other format.
 	MaxSize int64
 }
 

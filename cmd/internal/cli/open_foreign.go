@@ -4,9 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
+	"slices"
+	"strings"
 	"syscall"
 
+	"qimg/cloudimg/decomp"
 	"qimg/cloudimg/formats"
 )
 
@@ -24,10 +28,15 @@ func (o *opening) openForeign(img, file *image, opts blockOptions, _ bool) error
 	if ctx == nil {
 		ctx = context.Background()
 	}
-	var err error
 	fo := &formats.Options{TempDir: o.host.tempDir()}
 	if !img.probed {
 		fo.Format = img.format
+	}
+	var err error
+	if isCompressed(img.format) {
+		if fo.MaxSize, err = maxSize(opts); err != nil {
+			return err
+		}
 	}
 	if img.foreign, err = formats.New(ctx, img.dev, fo); err != nil {
 		return foreignError(img.format, file.name, err)
@@ -35,6 +44,26 @@ func (o *opening) openForeign(img, file *image, opts blockOptions, _ bool) error
 	img.closers = append(img.closers, img.foreign)
 	img.setName(file, map[string]any{})
 	return nil
+}
+
+// isCompressed reports whether a format is that of a raw disk that is compressed as a
+// whole.
+func isCompressed(format string) bool {
+	return slices.Contains([]string{formats.Gzip, formats.XZ, formats.Zstd, formats.Bzip2}, format)
+}
+
+// maxSize reads the option that bounds the content of a compressed disk.
+func maxSize(opts blockOptions) (int64, error) {
+	const name = "max-size"
+	l, err := opts.absorb([]optionDesc{{name: name, typ: sizeOption}})
+	if err != nil || !l.has(name) {
+		return 0, err
+	}
+	n := l.uint(name)
+	if n == 0 || n > math.MaxInt64 {
+		return 0, messagef("Parameter '%s' expects a size from 1 on", name)
+	}
+	return int64(n), nil
 }
 
 // tempDir is the folder for large temporary files, chosen as QEMU does.
@@ -52,6 +81,9 @@ func (h Host) tempDir() string {
 
 // foreignError puts an error of opening an image in qemu-img's words.
 func foreignError(format, name string, err error) error {
+	if size := (*decomp.SizeError)(nil); errors.As(err, &size) {
+		return withHint(err, fmt.Sprintf("With --image-opts driver=%s,max-size=SIZE,file.filename=%s it can have as much as SIZE.\n", format, strings.ReplaceAll(name, ",", ",,")))
+	}
 	if !errors.Is(err, formats.ErrFormat) {
 		return err
 	}

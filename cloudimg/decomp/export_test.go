@@ -1,0 +1,4 @@
+package decomp
+
+// Declared is declared.
+var Declared = declared
