@@ -69,7 +69,8 @@ func TestConvertFIFO(t *testing.T) {
 	}
 }
 
-// A device that is an input is not written to, whatever the name of its node.
+// A device that is an input, or lies on one, is not written to, whatever the name of
+// its node.
 func TestConvertSelfDevice(t *testing.T) {
 	oracle.RequireRoot(t)
 	dir := t.TempDir()
@@ -88,11 +89,13 @@ func TestConvertSelfDevice(t *testing.T) {
 	if err := unix.Mknod(alias, unix.S_IFBLK|0o600, int(st.Rdev)); err != nil {
 		oracle.Missing(t, "leave to make a device node")
 	}
+	mustRun(t, "create", "-q", "-f", "qcow2", "-b", "disk", "-F", "raw", dir+"/above")
 	for _, line := range []string{
 		"convert -U -f raw -O raw DEV DEV", "convert -f raw -O raw DEV ALIAS", "convert -U -f raw -O qcow2 DEV ALIAS",
+		"convert -f raw -n -O raw DISK DEV", "convert -n -O raw ABOVE DEV", "convert -f raw -O raw DEV DISK", "dd -O raw if=ABOVE of=ALIAS",
 		"convert -f raw -n -O raw DEV ALIAS", "dd -U -f raw -O raw if=DEV of=DEV", "dd -f raw -O raw count=1 if=ALIAS of=DEV",
 	} {
-		args := strings.Fields(strings.NewReplacer("DEV", dev, "ALIAS", alias).Replace(line))
+		args := strings.Fields(strings.NewReplacer("DEV", dev, "ALIAS", alias, "DISK", dir+"/disk", "ABOVE", dir+"/above").Replace(line))
 		if r := run(t, args...); r.Code != 1 || !strings.Contains(r.Stderr, "is an input") {
 			t.Errorf("%s: %+v", line, r)
 		}

@@ -226,7 +226,7 @@ func (a *snapshotArg) find(list []qcow2.Snapshot) (*qcow2.Snapshot, error) {
 // that a file is; "" if it is none of them.
 func (s *convertSources) sameFile(info os.FileInfo) string {
 	for _, path := range s.files {
-		if other, err := os.Stat(path); err == nil && blockdev.SameFile(info, other) {
+		if other, err := os.Stat(path); err == nil && blockdev.Overlap(info, other) {
 			return path
 		}
 	}
