@@ -242,13 +242,20 @@ func (t *buildTarget) writeFile(ctx context.Context, opts *blockdev.CreateOption
 
 func (t *buildTarget) writeStream(ctx context.Context, disk blockdev.Reader, opts *transfer.Options) error {
 	if t.output == "-" {
-		return transfer.Stream(ctx, t.host.Out, disk, opts)
+		w, err := imageWriter(t.host.Out)
+		if err != nil {
+			return err
+		}
+		return transfer.Stream(ctx, w, disk, opts)
 	}
-	pipe, err := os.OpenFile(t.output, os.O_WRONLY, 0)
+	pipe, err := unlessDone(ctx, 0, func() (*os.File, error) { return os.OpenFile(t.output, os.O_WRONLY, 0) })
 	if err != nil {
 		return err
 	}
-	err = transfer.Stream(ctx, pipe, disk, opts)
+	w, err := imageWriter(newOutput(ctx, pipe))
+	if err == nil {
+		err = transfer.Stream(ctx, w, disk, opts)
+	}
 	return errors.Join(err, pipe.Close())
 }
 

@@ -35,8 +35,8 @@ func Run(ctx context.Context, args []string, host Host) int {
 		name = strings.TrimSuffix(filepath.Base(args[0]), ".exe")
 		args = args[1:]
 	}
-	out := &output{w: host.Out}
-	host.Out, host.name, host.ctx = out, name, ctx
+	out := newOutput(ctx, host.Out)
+	host.Out, host.Err, host.name, host.ctx = out, newOutput(ctx, host.Err), name, ctx
 	err := execute(ctx, newRoot(host), args)
 	if err == nil && out.err != nil {
 		err = fmt.Errorf("standard output: %w", out.err)
@@ -173,19 +173,4 @@ func version() string {
 		return info.Main.Version
 	}
 	return "(devel)"
-}
-
-// output keeps the first error of standard output, so that a full disk is not
-// taken for success.
-type output struct {
-	w   io.Writer
-	err error
-}
-
-func (o *output) Write(p []byte) (int, error) {
-	n, err := o.w.Write(p)
-	if err != nil && o.err == nil {
-		o.err = err
-	}
-	return n, err
 }

@@ -96,7 +96,7 @@ func (o *convertOptions) readPipe(ctx context.Context, name, output string) (*im
 	}
 	in := o.host.In
 	if name != "-" {
-		f, err := os.Open(name)
+		f, err := unlessDone(ctx, 0, func() (*os.File, error) { return os.Open(name) })
 		if err != nil {
 			return nil, openError(name, err)
 		}
@@ -115,7 +115,7 @@ func (o *convertOptions) readPipe(ctx context.Context, name, output string) (*im
 		return nil, err
 	}
 	img := &image{arg: name, name: name, format: "raw", file: out.File(), dev: out.File(), closers: []io.Closer{closeFunc(out.Abort)}}
-	err = spool(ctx, out.File(), in)
+	err = spool(out.File(), input{ctx, in})
 	if err == nil && !o.source.hasFormat {
 		if img.format, err = probe(img.dev); err == nil && img.format != "raw" {
 			err = messagef("it is in format %s, and only a raw disk can be read from a pipe (with -f raw it is taken byte by byte)", img.format)
@@ -137,12 +137,9 @@ type closeFunc func() error
 func (f closeFunc) Close() error { return f() }
 
 // spool copies what r gives to f, with holes where it is zeroes.
-func spool(ctx context.Context, f *blockdev.File, r io.Reader) error {
+func spool(f *blockdev.File, r io.Reader) error {
 	buf := make([]byte, 1<<20)
 	for size := int64(0); ; {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
 		n, err := io.ReadFull(r, buf)
 		size += int64(n)
 		if n > 0 {

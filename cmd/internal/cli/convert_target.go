@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"strconv"
 	"syscall"
@@ -32,8 +33,9 @@ type convertTarget struct {
 	allocated bool          // in advance, encrypted: what is not written is no zeroes
 
 	existing *image // with -n
-	pipe     *os.File
 	stream   bool
+	out      io.Writer // of a stream
+	pipe     *os.File  // nil: out is standard output
 }
 
 // newConvertTarget checks the options of the output, in qemu-img's order.
@@ -101,7 +103,7 @@ func (t *convertTarget) parseOptions() error {
 func (t *convertTarget) open(ctx context.Context) (err error) {
 	switch {
 	case t.stream:
-		return t.openStream()
+		return t.openStream(ctx)
 	case t.o.noCreate:
 		return t.openExisting()
 	}
@@ -265,7 +267,7 @@ func (t *convertTarget) openExisting() error {
 }
 
 // openStream opens the pipe.
-func (t *convertTarget) openStream() (err error) {
+func (t *convertTarget) openStream(ctx context.Context) (err error) {
 	o := t.o
 	switch {
 	case o.format != "raw":
@@ -275,10 +277,17 @@ func (t *convertTarget) openStream() (err error) {
 	case t.opts != nil && t.opts.str("preallocation") != "" && t.opts.str("preallocation") != "off":
 		return messagef("Unsupported preallocation mode '%s'", t.opts.str("preallocation"))
 	}
-	if err := checkCache("cache", o.cache); err != nil || t.name == "-" {
+	if err := checkCache("cache", o.cache); err != nil {
 		return err
 	}
-	t.pipe, err = os.OpenFile(t.name, os.O_WRONLY, 0)
+	if t.name == "-" {
+		t.out, err = imageWriter(o.host.Out)
+		return err
+	}
+	t.pipe, err = unlessDone(ctx, 0, func() (*os.File, error) { return os.OpenFile(t.name, os.O_WRONLY, 0) })
+	if err == nil {
+		t.out, err = imageWriter(newOutput(ctx, t.pipe))
+	}
 	return err
 }
 
@@ -286,11 +295,7 @@ func (t *convertTarget) openStream() (err error) {
 func (t *convertTarget) copy(ctx context.Context, srcs *convertSources, p *progress) error {
 	opts := t.o.transferOptions(p)
 	if t.stream {
-		w := t.o.host.Out
-		if t.pipe != nil {
-			w = t.pipe
-		}
-		return copyError(transfer.Stream(ctx, w, srcs, opts))
+		return copyError(transfer.Stream(ctx, t.out, srcs, opts))
 	}
 	if t.backing != nil {
 		srcs.split = t.backing.size()

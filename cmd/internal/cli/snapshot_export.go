@@ -71,7 +71,10 @@ func (o *snapshotOptions) export(ctx context.Context, host Host, img *qcow2.Imag
 			return errors.New("it has no vm state, it is one of the disk alone")
 		}
 		if o.vmState == "-" {
-			_, err = io.Copy(contextWriter{ctx, host.Out}, io.NewSectionReader(state, 0, state.Size()))
+			var w io.Writer
+			if w, err = imageWriter(host.Out); err == nil {
+				_, err = io.Copy(contextWriter{ctx, w}, io.NewSectionReader(state, 0, state.Size()))
+			}
 		} else {
 			var f *blockdev.File
 			if f, err = create(o.vmState); err == nil {

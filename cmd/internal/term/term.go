@@ -80,8 +80,12 @@ func (p *Progress) Close() {
 	}
 }
 
-// IsTerminal reports whether what is written to w is shown on a terminal.
+// IsTerminal reports whether what is written to w, or to what it unwraps to, is shown
+// on a terminal.
 func IsTerminal(w io.Writer) bool {
+	if u, ok := w.(interface{ Unwrap() io.Writer }); ok {
+		w = u.Unwrap()
+	}
 	f, ok := w.(*os.File)
 	return ok && term.IsTerminal(int(f.Fd()))
 }
