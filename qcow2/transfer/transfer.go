@@ -145,13 +145,15 @@ type copier struct {
 	copies  blockdev.RangeCopier // nil: no kernel copies
 	grain   int64                // units of the target; 1: any
 	block   int64                // units of the data in WriteSparse
+	unit    int64                // in which zeroes are looked for
 	buffer  int64                // bytes of a worker's buffer, whole units
 	start   time.Time
 
 	mu      sync.Mutex
-	turn    sync.Cond       // done has changed, or err, where that is waited for
-	next    int64           // the source is taken up to here
-	extent  blockdev.Extent // the last that was asked for
+	turn    sync.Cond        // done has changed, or err, where that is waited for
+	next    int64            // the source is taken up to here
+	extent  blockdev.Extent  // the last that was asked for
+	asked   []blockdev.Range // the extents that requests has to know
 	err     error
 	done    int64
 	written int64
@@ -191,6 +193,11 @@ func newCopier(dst Target, src blockdev.Reader, opts *Options) (*copier, error) 
 		needs += c.buffer
 	}
 	c.opts.Workers = min(c.opts.Workers, MaxWorkers, int(maxInFlight/needs))
+	// As in qemu-img, the shortest run is also the unit in which data is written.
+	c.unit = c.block
+	if c.opts.Sparse > 0 {
+		c.unit = min(max(c.block, int64(1)<<(bits.Len64(uint64(c.opts.Sparse))-1)), c.buffer)
+	}
 	if c.opts.KernelCopy {
 		c.copies, _ = dst.(blockdev.RangeCopier)
 	}
@@ -202,6 +209,8 @@ type piece struct {
 	off, n int64
 	kind   pieceKind
 	extent blockdev.Extent // of pieceData, where it is one
+	// cuts are where zeroes are looked for anew, besides the multiples of a unit.
+	cuts []int64
 }
 
 type pieceKind uint8
@@ -306,13 +315,56 @@ func (c *copier) nextPiece(ctx context.Context) (piece, error) {
 	}
 	p.n = end - p.off
 	c.next = end
-	return p, nil
+	var err error
+	if p.kind == pieceData && c.unit > c.block {
+		p.cuts, err = c.cuts(p.off, end)
+	}
+	return p, err
+}
+
+// requestSize is how much qemu-img reads of data at once, from the beginning of an
+// extent on. It looks for zeroes in each of these.
+const requestSize = 2 << 20
+
+// cuts returns where between off and end qemu-img would begin a request, but for
+// multiples of a unit, where that makes no difference.
+func (c *copier) cuts(off, end int64) (list []int64, err error) {
+	for at := c.extent.Off + c.extent.Len; at < end; at = c.extent.Off + c.extent.Len {
+		if _, _, err := c.look(at); err != nil {
+			return nil, err
+		}
+	}
+	done := 0
+	for i, e := range c.asked {
+		last := e.Off + e.Len
+		if last <= end {
+			done = i + 1
+		}
+		at := e.Off + max(off-e.Off, 0)/requestSize*requestSize
+		for ; at < min(last, end); at += requestSize {
+			list = c.cut(list, off, at)
+		}
+		if last < end {
+			list = c.cut(list, off, last)
+		}
+	}
+	c.asked = append(c.asked[:0], c.asked[done:]...)
+	return list, nil
+}
+
+// cut adds a cut to those of a piece at off.
+func (c *copier) cut(list []int64, off, at int64) []int64 {
+	if at <= off || at&(c.unit-1) == 0 {
+		return list
+	}
+	return append(list, at)
 }
 
 // look returns the extent at off from there on, and what is to be done with it.
 func (c *copier) look(off int64) (blockdev.Extent, pieceKind, error) {
 	e := &c.extent
-	if off < e.Off || off >= e.Off+e.Len {
+	asks := off < e.Off || off >= e.Off+e.Len
+	if asks {
 		next, err := blockdev.NextExtent(c.src, off)
 		switch {
 		case err == nil:
@@ -332,6 +384,9 @@ func (c *copier) look(off int64) (blockdev.Extent, pieceKind, error) {
 		return rest, pieceKeep, nil
 	case rest.Kind.ReadsZero() && c.opts.Sparse > 0:
 		return rest, pieceZero, nil
+	}
+	if asks && c.unit > c.block {
+		c.asked = append(c.asked, blockdev.Range{Off: e.Off, Len: e.Len})
 	}
 	return rest, pieceData, nil
 }
@@ -420,14 +475,29 @@ func (w *worker) copy(p piece) error {
 	case w.opts.Sparse < 0:
 		w.data = append(w.data[:0], blockdev.Range{Off: p.off, Len: p.n})
 	default:
-		// As in qemu-img, the run is also the unit in which data is written.
-		unit := int64(1) << (bits.Len64(uint64(w.opts.Sparse)) - 1)
-		w.data = dataRanges(w.data[:0], b, p.off, min(max(unit, w.block), w.buffer), w.opts.Sparse)
+		w.findData(b, p)
 	}
 	if err := w.await(start); err != nil {
 		return err
 	}
 	return w.wrote(p.off, w.write(b, p.off))
+}
+
+// findData looks for the data in b, the bytes of a piece.
+func (w *worker) findData(b []byte, p piece) {
+	if len(p.cuts) == 0 {
+		w.data = dataRanges(w.data[:0], b, p.off, w.unit, w.opts.Sparse)
+		return
+	}
+	w.data = w.data[:0]
+	at := p.off
+	for _, end := range append(p.cuts, p.off+p.n) {
+		if end > at {
+			w.data = append(w.data, dataRanges(nil, b[at-p.off:end-p.off], at, w.unit, w.opts.Sparse)...)
+			at = end
+		}
+	}
+	w.data = wholeBlocks(w.data, w.block, p.off+p.n)
 }
 
 // write writes what w.data says of b.

@@ -31,3 +31,18 @@ func dataRanges(list []blockdev.Range, b []byte, off, block, sparse int64) []blo
 	}
 	return list
 }
+
+// wholeBlocks makes ranges reach to the ends of the blocks that they lie in, up to
+// end, and joins those that touch.
+func wholeBlocks(list []blockdev.Range, block, end int64) []blockdev.Range {
+	whole := list[:0]
+	for _, r := range list {
+		lo, hi := r.Off&^(block-1), min((r.Off+r.Len+block-1)&^(block-1), end)
+		if n := len(whole) - 1; n >= 0 && lo <= whole[n].Off+whole[n].Len {
+			whole[n].Len = hi - whole[n].Off
+		} else {
+			whole = append(whole, blockdev.Range{Off: lo, Len: hi - lo})
+		}
+	}
+	return whole
+}
