@@ -76,7 +76,7 @@ func runAmend(ctx context.Context, host Host, o *amendOptions, args []string) (e
 		return err
 	}
 	o.open.chain, o.open.write = true, !o.dryRun
-	img, err := openImage(args[0], &o.open)
+	img, err := openImage(ctx, args[0], &o.open)
 	if err != nil {
 		return couldNotOpen(args[0], err)
 	}

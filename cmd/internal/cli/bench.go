@@ -156,7 +156,7 @@ func runBench(ctx context.Context, o *benchOptions, args []string) error {
 		return fmt.Errorf("%d requests of %d bytes at the same time take more memory than the limit of %d bytes", o.depth.n, o.size.n, maxBenchMemory)
 	}
 	o.open.chain, o.open.write = true, o.write
-	img, err := openImage(args[0], &o.open)
+	img, err := openImage(ctx, args[0], &o.open)
 	if err != nil {
 		return couldNotOpen(args[0], err)
 	}

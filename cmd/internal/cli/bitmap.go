@@ -100,14 +100,14 @@ func runBitmap(ctx context.Context, host Host, o *bitmapOptions, args []string) 
 		return messagef("Expecting filename and bitmap name")
 	}
 	o.open.write = true
-	img, err := openImage(args[0], &o.open)
+	img, err := openImage(ctx, args[0], &o.open)
 	if err != nil {
 		return couldNotOpen(args[0], err)
 	}
 	defer img.closeTo(&err)
 	src := img
 	if o.source != "" {
-		src, err = openImage(o.source, &openOptions{format: o.sourceFormat, secrets: o.open.secrets, host: host})
+		src, err = openImage(ctx, o.source, &openOptions{format: o.sourceFormat, secrets: o.open.secrets, host: host})
 		if err != nil {
 			return couldNotOpen(o.source, err)
 		}

@@ -50,7 +50,7 @@ func catFile(ctx context.Context, w io.Writer, images *places, arg string) error
 	if !ok {
 		return notAPlace(arg)
 	}
-	fsys, f, err := images.file(&p, true)
+	fsys, f, err := images.file(ctx, &p, true)
 	if err != nil {
 		return err
 	}

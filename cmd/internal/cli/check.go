@@ -82,7 +82,7 @@ func runCheck(ctx context.Context, host Host, o *checkOptions, args []string) er
 	o.open.chain, o.open.locked = true, true
 	o.open.write = o.repair != "" && !o.dryRun
 	o.open.damaged = true
-	img, err := openImage(args[0], &o.open)
+	img, err := openImage(ctx, args[0], &o.open)
 	if err != nil {
 		return couldNotOpen(args[0], err)
 	}

@@ -23,8 +23,7 @@ type Host struct {
 	Out, Err io.Writer
 	Getenv   func(string) string
 
-	name string          // of the program, for warnings
-	ctx  context.Context // ends the opening of images; nil: nothing does
+	name string // of the program, for warnings
 }
 
 // Run runs the program and returns its exit status. args are its name, which
@@ -36,7 +35,7 @@ func Run(ctx context.Context, args []string, host Host) int {
 		args = args[1:]
 	}
 	out := newOutput(ctx, host.Out)
-	host.Out, host.Err, host.name, host.ctx = out, newOutput(ctx, host.Err), name, ctx
+	host.Out, host.Err, host.name = out, newOutput(ctx, host.Err), name
 	err := execute(ctx, newRoot(host), args)
 	if err == nil && out.err != nil {
 		err = fmt.Errorf("standard output: %w", out.err)

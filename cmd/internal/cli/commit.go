@@ -60,7 +60,7 @@ func runCommit(cmd *cobra.Command, host Host, o *commitOptions, args []string) e
 	}
 	layers := &layers{base: o.base, named: cmd.Flags().Changed("base"), write: true}
 	o.open.chain, o.open.write, o.open.layer = true, true, layers.add
-	img, err := openImage(args[0], &o.open)
+	img, err := openImage(cmd.Context(), args[0], &o.open)
 	if err != nil {
 		return layers.openError(args[0], err)
 	}

@@ -105,7 +105,7 @@ func compare(ctx context.Context, host Host, o *compareOptions, p *progress) (sa
 	second.format, second.hasFormat = o.format, o.hasFormat
 	var disks [2]*guestDisk
 	for i, name := range []string{o.first, o.last} {
-		img, err := openImage(name, [...]*openOptions{&o.open, &second}[i])
+		img, err := openImage(ctx, name, [...]*openOptions{&o.open, &second}[i])
 		if err != nil {
 			return false, withCode(couldNotOpen(name, err), exitNotOpened)
 		}

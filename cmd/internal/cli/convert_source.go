@@ -39,7 +39,7 @@ func (o *convertOptions) openSources(ctx context.Context, names []string, output
 		}
 		s.images = append(s.images, img)
 	}
-	if err := o.useSnapshot(s, names); err != nil {
+	if err := o.useSnapshot(ctx, s, names); err != nil {
 		return s, err
 	}
 	for _, img := range s.images {
@@ -62,7 +62,7 @@ func (o *convertOptions) openSource(ctx context.Context, s *convertSources, name
 		chain = append(chain, b.Path)
 		return false
 	}
-	img, err := openImage(name, &open)
+	img, err := openImage(ctx, name, &open)
 	if err != nil {
 		return nil, err
 	}
@@ -162,17 +162,17 @@ func spool(f *blockdev.File, r io.Reader) error {
 }
 
 // useSnapshot opens the first input anew, with the content of the snapshot.
-func (o *convertOptions) useSnapshot(s *convertSources, names []string) (err error) {
+func (o *convertOptions) useSnapshot(ctx context.Context, s *convertSources, names []string) (err error) {
 	if o.snapshot.selected == nil && o.snapshot.any != "" && len(names) > 1 {
 		return messagef("No support for concatenating multiple snapshot")
 	}
-	s.images[0], err = useSnapshot(s.images[0], &o.snapshot, &o.source)
+	s.images[0], err = useSnapshot(ctx, s.images[0], &o.snapshot, &o.source)
 	return err
 }
 
 // useSnapshot opens an image anew, with the content of the snapshot, if -l names
 // one. It returns the image that is open then, also after an error.
-func useSnapshot(img *image, a *snapshotArg, o *openOptions) (*image, error) {
+func useSnapshot(ctx context.Context, img *image, a *snapshotArg, o *openOptions) (*image, error) {
 	if a.selected == nil && a.any == "" {
 		return img, nil
 	}
@@ -189,7 +189,7 @@ func useSnapshot(img *image, a *snapshotArg, o *openOptions) (*image, error) {
 	if open.snapshot = sn.ID; sn.ID == "" {
 		open.snapshot = sn.Name
 	}
-	again, err := openImage(img.arg, &open)
+	again, err := openImage(ctx, img.arg, &open)
 	if err != nil {
 		return fail(err)
 	}

@@ -105,7 +105,7 @@ func (t *convertTarget) open(ctx context.Context) (err error) {
 	case t.stream:
 		return t.openStream(ctx)
 	case t.o.noCreate:
-		return t.openExisting()
+		return t.openExisting(ctx)
 	}
 	if err := t.begin(ctx); err != nil {
 		if errors.Is(err, syscall.ENOSPC) {
@@ -119,7 +119,7 @@ func (t *convertTarget) open(ctx context.Context) (err error) {
 	if t.create == nil {
 		return t.checkBitmapSupport("raw", 3)
 	}
-	if err := t.openBacking(); err != nil {
+	if err := t.openBacking(ctx); err != nil {
 		return couldNotOpen(t.name, err)
 	}
 	return t.checkBitmapSupport("qcow2", t.create.Version)
@@ -179,12 +179,12 @@ func (t *convertTarget) begin(ctx context.Context) error {
 }
 
 // openBacking opens the backing file of the new image.
-func (t *convertTarget) openBacking() error {
+func (t *convertTarget) openBacking(ctx context.Context) error {
 	if t.create.BackingFile == "" {
 		return nil
 	}
 	var err error
-	t.backing, err = openImage(combinePath(t.name, t.create.BackingFile), &openOptions{
+	t.backing, err = openImage(ctx, combinePath(t.name, t.create.BackingFile), &openOptions{
 		format: t.create.BackingFormat, hasFormat: true, chain: true, below: true, secrets: t.o.source.secrets, host: t.o.host,
 	})
 	if err != nil {
@@ -227,14 +227,14 @@ func (t *convertTarget) openMade() (*qcow2.Image, error) {
 }
 
 // openExisting opens the image that -n writes.
-func (t *convertTarget) openExisting() error {
+func (t *convertTarget) openExisting(ctx context.Context) error {
 	o := t.o
 	if err := checkCache("cache", o.cache); err != nil {
 		return err
 	}
 	open := &openOptions{format: o.format, hasFormat: o.hasFormat || !o.targetOpts, imageOpts: o.targetOpts,
 		chain: true, write: true, level: o.level, secrets: o.source.secrets, host: o.host}
-	img, err := openImage(t.name, open)
+	img, err := openImage(ctx, t.name, open)
 	if err != nil {
 		return couldNotOpen(t.name, err)
 	}

@@ -179,7 +179,7 @@ func create(ctx context.Context, host Host, o *createOptions, list, name string,
 		return messagef("Backing file format not supported for file format '%s'", o.format)
 	}
 	if backing := opts.str("backing_file"); opts.has("backing_file") {
-		if err := checkBacking(name, backing, o, opts); err != nil {
+		if err := checkBacking(ctx, name, backing, o, opts); err != nil {
 			return err
 		}
 	}
@@ -210,7 +210,7 @@ func diskSize(opts *optionList) int64 { return int64(opts.uint("size")+511) &^ 5
 
 // checkBacking looks at the backing file: it has to be there, and gives its
 // size to an image that has none.
-func checkBacking(name, backing string, o *createOptions, opts *optionList) error {
+func checkBacking(ctx context.Context, name, backing string, o *createOptions, opts *optionList) error {
 	switch {
 	case backing == name:
 		return messagef("Error: Trying to create an image with the same filename as the backing file")
@@ -228,7 +228,7 @@ func checkBacking(name, backing string, o *createOptions, opts *optionList) erro
 	if format == "" && opts.has("backing_fmt") {
 		return withHint(messagef("Unknown driver ''"), "Could not open backing image.\n")
 	}
-	img, err := openImage(full, &openOptions{format: format, forceShare: true, chain: true, below: true, locked: true, host: o.host})
+	img, err := openImage(ctx, full, &openOptions{format: format, forceShare: true, chain: true, below: true, locked: true, host: o.host})
 	if err != nil {
 		return withHint(err, "Could not open backing image.\n")
 	}

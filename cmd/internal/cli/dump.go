@@ -89,7 +89,7 @@ func runDump(ctx context.Context, host Host, o *dumpOptions, args []string) erro
 		return err
 	}
 	o.open.unopened = true
-	img, err := openImage(args[0], &o.open)
+	img, err := openImage(ctx, args[0], &o.open)
 	if err != nil {
 		return couldNotOpen(args[0], err)
 	}

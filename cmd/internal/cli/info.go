@@ -79,7 +79,7 @@ func queryChain(ctx context.Context, name string, o *infoOptions) ([]*imageInfo,
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		info, err := queryInfo(name, &open)
+		info, err := queryInfo(ctx, name, &open)
 		if err != nil {
 			return nil, couldNotOpen(name, err)
 		}
@@ -114,8 +114,8 @@ type imageInfo struct {
 	specific      object // of the format; nil: none
 }
 
-func queryInfo(name string, o *openOptions) (*imageInfo, error) {
-	img, err := openImage(name, o)
+func queryInfo(ctx context.Context, name string, o *openOptions) (*imageInfo, error) {
+	img, err := openImage(ctx, name, o)
 	if err != nil {
 		return nil, err
 	}

@@ -53,7 +53,7 @@ func runInspect(ctx context.Context, host Host, o *inspectOptions, args []string
 	if p.path != "/" || p.part != "" {
 		return usagef("Expecting an image, not a place in one")
 	}
-	d, err := images.disk(&p)
+	d, err := images.disk(ctx, &p)
 	if err != nil {
 		return err
 	}

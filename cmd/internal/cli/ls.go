@@ -115,7 +115,7 @@ func (l *lister) list(images *places, args []string) error {
 	var dirs []dir
 	for _, arg := range args {
 		at := imagePlace(arg, l.o.open.imageOpts)
-		fsys, f, err := images.file(&at, !l.o.long && !l.o.directory)
+		fsys, f, err := images.file(l.ctx, &at, !l.o.long && !l.o.directory)
 		if err != nil {
 			l.add(err)
 			continue

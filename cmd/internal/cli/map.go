@@ -66,7 +66,7 @@ func runMap(ctx context.Context, host Host, o *mapOptions, f *pflag.FlagSet, arg
 	}
 	o.open.chain = true
 	o.open.cacheSize = 1 << 20 // each table is looked at once
-	img, err := openImage(args[0], &o.open)
+	img, err := openImage(ctx, args[0], &o.open)
 	if err != nil {
 		return couldNotOpen(args[0], err)
 	}

@@ -76,11 +76,11 @@ func runMeasure(ctx context.Context, host Host, o *measureOptions, args []string
 		o.open.chain = true
 		o.open.cacheSize = 1 << 20 // each table is looked at once
 		var err error
-		if img, err = openImage(args[0], &o.open); err != nil {
+		if img, err = openImage(ctx, args[0], &o.open); err != nil {
 			return couldNotOpen(args[0], err)
 		}
 		defer func() { img.close() }()
-		if img, err = useSnapshot(img, &o.snapshot, &o.open); err != nil {
+		if img, err = useSnapshot(ctx, img, &o.snapshot, &o.open); err != nil {
 			return err
 		}
 		src = newGuestDisk(img)

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -85,7 +86,7 @@ type image struct {
 // img.dev, which is the file that the image lies in) and takes img.qcow2 == nil
 // for "not qcow2", img.format == "raw" for raw. With openOptions.write they are
 // refused, and so they are below another image.
-func openImage(arg string, o *openOptions) (*image, error) {
+func openImage(ctx context.Context, arg string, o *openOptions) (*image, error) {
 	opts := blockOptions{}
 	name := &arg
 	switch {
@@ -103,7 +104,7 @@ func openImage(arg string, o *openOptions) (*image, error) {
 	case o.format != "", o.hasFormat:
 		opts["driver"] = o.format
 	}
-	n := &opening{openOptions: o, write: o.write, forceShare: o.forceShare}
+	n := &opening{ctx: ctx, openOptions: o, write: o.write, forceShare: o.forceShare}
 	img, err := n.open(name, opts, false)
 	if err != nil {
 		return nil, err

@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"math"
@@ -24,10 +23,6 @@ func (o *opening) openForeign(img, file *image, opts blockOptions, _ bool) error
 	case o.chain && (opts["backing"] != nil || len(opts.take("backing.")) > 0):
 		return messagef("Driver doesn't support backing files")
 	}
-	ctx := o.host.ctx
-	if ctx == nil {
-		ctx = context.Background()
-	}
 	fo := &formats.Options{TempDir: o.host.tempDir()}
 	if !img.probed {
 		fo.Format = img.format
@@ -38,7 +33,7 @@ func (o *opening) openForeign(img, file *image, opts blockOptions, _ bool) error
 			return err
 		}
 	}
-	if img.foreign, err = formats.New(ctx, img.dev, fo); err != nil {
+	if img.foreign, err = formats.New(o.ctx, img.dev, fo); err != nil {
 		return foreignError(img.format, file.name, err)
 	}
 	img.closers = append(img.closers, img.foreign)

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -18,6 +19,7 @@ import (
 // bdrv_open_inherit does (block.c): the file, the format over it, and the
 // backing and data files that the options name in place of the image.
 type opening struct {
+	ctx context.Context
 	*openOptions
 	// Of the part that is opened, and of those below it. direct is cache.direct,
 	// which changes nothing else.

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"context"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -146,13 +147,13 @@ func (o *places) close() {
 }
 
 // disk opens the image of a place.
-func (o *places) disk(p *place) (*openPlace, error) {
+func (o *places) disk(ctx context.Context, p *place) (*openPlace, error) {
 	for _, d := range o.images {
 		if d.image == p.image && d.snapshot == p.snapshot {
 			return d, nil
 		}
 	}
-	img, err := openImage(p.image, o.open)
+	img, err := openImage(ctx, p.image, o.open)
 	if err != nil {
 		return nil, couldNotOpen(p.image, err)
 	}
@@ -161,7 +162,7 @@ func (o *places) disk(p *place) (*openPlace, error) {
 		err = img.inUse
 	}
 	if err == nil {
-		d.img, err = useSnapshot(img, &snapshotArg{any: p.snapshot}, o.open)
+		d.img, err = useSnapshot(ctx, img, &snapshotArg{any: p.snapshot}, o.open)
 	}
 	if err == nil {
 		d.disk, err = guest.Open(d.img.reader())
@@ -175,8 +176,8 @@ func (o *places) disk(p *place) (*openPlace, error) {
 }
 
 // tree opens the file system of a place.
-func (o *places) tree(p *place) (guest.FS, error) {
-	d, err := o.disk(p)
+func (o *places) tree(ctx context.Context, p *place) (guest.FS, error) {
+	d, err := o.disk(ctx, p)
 	if err != nil {
 		return nil, err
 	}
@@ -227,8 +228,8 @@ func volumeText(v *guest.Volume) string {
 }
 
 // file returns the file of a place and the file system that it is in.
-func (o *places) file(p *place, follow bool) (guest.FS, *guest.File, error) {
-	t, err := o.tree(p)
+func (o *places) file(ctx context.Context, p *place, follow bool) (guest.FS, *guest.File, error) {
+	t, err := o.tree(ctx, p)
 	if err != nil {
 		return nil, nil, err
 	}

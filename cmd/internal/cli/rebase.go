@@ -81,7 +81,7 @@ func rebase(ctx context.Context, o *rebaseOptions, name string, p *progress) (er
 		b.Overlay = "" // the name was made relative to the image already
 		return layers.add(b)
 	}
-	img, err := openImage(name, &o.open)
+	img, err := openImage(ctx, name, &o.open)
 	if err != nil {
 		return layers.openError(name, err)
 	}
@@ -92,7 +92,7 @@ func rebase(ctx context.Context, o *rebaseOptions, name string, p *progress) (er
 	var backing blockdev.Reader
 	if !o.unsafe && o.backing != "" {
 		if backing = layers.reader(img); backing == nil {
-			below, err := openImage(full, &openOptions{format: o.backingFormat, chain: true, below: true, forceShare: o.forceShare, secrets: o.open.secrets, host: o.open.host})
+			below, err := openImage(ctx, full, &openOptions{format: o.backingFormat, chain: true, below: true, forceShare: o.forceShare, secrets: o.open.secrets, host: o.open.host})
 			if err != nil {
 				return prefixError(fmt.Sprintf("Could not open new backing file '%s'", o.backing), err)
 			}

@@ -71,7 +71,7 @@ func runResize(ctx context.Context, host Host, o *resizeOptions, args []string) 
 		return err
 	}
 	o.open.chain, o.open.write = true, true
-	img, err := openImage(name, &o.open)
+	img, err := openImage(ctx, name, &o.open)
 	if err != nil {
 		return couldNotOpen(name, err)
 	}

@@ -116,7 +116,7 @@ func runSnapshot(ctx context.Context, host Host, o *snapshotOptions, args []stri
 	o.open.chain, o.open.locked = true, true
 	switch o.action.letter {
 	case 'l':
-		return listSnapshots(host, o, args)
+		return listSnapshots(ctx, host, o, args)
 	case 'e', 'i':
 		o.open.locked = false
 		if len(args) != 1 {
@@ -139,10 +139,10 @@ type snapshotList struct {
 	snapshots []qcow2.Snapshot
 }
 
-func listSnapshots(host Host, o *snapshotOptions, names []string) error {
+func listSnapshots(ctx context.Context, host Host, o *snapshotOptions, names []string) error {
 	var lists []snapshotList
 	for _, name := range names {
-		img, err := openImage(name, &o.open)
+		img, err := openImage(ctx, name, &o.open)
 		if err != nil {
 			return couldNotOpen(name, err)
 		}

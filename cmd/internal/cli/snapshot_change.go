@@ -150,7 +150,7 @@ func (o *snapshotOptions) importStep(ctx context.Context, host Host) snapshotSte
 			}
 		}
 		if o.disk != "" {
-			img, err := openImage(o.disk, &openOptions{chain: true, secrets: o.open.secrets, host: host})
+			img, err := openImage(ctx, o.disk, &openOptions{chain: true, secrets: o.open.secrets, host: host})
 			if err != nil {
 				return couldNotOpen(o.disk, err)
 			}
@@ -202,7 +202,7 @@ func changeSnapshots(ctx context.Context, o *snapshotOptions, names []string, st
 	}
 	var images []*image
 	for _, name := range names {
-		img, openErr := openImage(name, &o.open)
+		img, openErr := openImage(ctx, name, &o.open)
 		if openErr != nil {
 			return couldNotOpen(name, openErr)
 		}

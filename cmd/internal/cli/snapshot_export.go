@@ -20,7 +20,7 @@ func exportSnapshot(ctx context.Context, host Host, o *snapshotOptions, name str
 		return usagef("--export needs --disk, --vmstate or both")
 	}
 	o.open.snapshot = o.action.tag
-	img, err := openImage(name, &o.open)
+	img, err := openImage(ctx, name, &o.open)
 	if err != nil {
 		if errors.Is(err, qcow2.ErrNotFound) {
 			return messagef("Could not export snapshot '%s': snapshot not found", o.action.tag)

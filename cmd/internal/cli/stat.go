@@ -55,7 +55,7 @@ func runStat(ctx context.Context, host Host, o *statOptions, args []string) erro
 	list := jsonList{w: w}
 	for _, arg := range args {
 		p := imagePlace(arg, o.open.imageOpts)
-		fsys, f, err := images.file(&p, false)
+		fsys, f, err := images.file(ctx, &p, false)
 		if err == nil && o.output == "json" {
 			var j object
 			if j, err = o.json(ctx, &p, fsys, f); err == nil {

@@ -45,7 +45,7 @@ func runTar(ctx context.Context, host Host, o *tarOptions, args []string) error 
 	images := &places{open: &o.open}
 	defer images.close()
 	p := imagePlace(args[0], o.open.imageOpts)
-	fsys, f, err := images.file(&p, true)
+	fsys, f, err := images.file(ctx, &p, true)
 	if err != nil {
 		return err
 	}

@@ -56,7 +56,7 @@ func runTree(ctx context.Context, host Host, o *treeOptions, args []string) erro
 	images := &places{open: &o.open}
 	defer images.close()
 	p := imagePlace(args[0], o.open.imageOpts)
-	fsys, f, err := images.file(&p, true)
+	fsys, f, err := images.file(ctx, &p, true)
 	if err != nil {
 		return err
 	}
