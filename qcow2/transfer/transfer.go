@@ -21,9 +21,8 @@ import (
 
 // Target is what Copy writes: a blockdev.Device, or something that is made in
 // one pass, as qcow2.Writer is. It is written from several goroutines. The
-// optional interfaces blockdev.ZeroWriter, RangeCopier and SparseWriter are used
-// where it has them. If it has a method Abort() that is called after the first
-// error, to wake those who wait in a write for what will not come.
+// optional interfaces blockdev.ZeroWriter, RangeCopier and SparseWriter, and
+// Skipper, DataUnits and Aborter are used where it has them.
 type Target interface {
 	io.WriterAt
 	Size() int64
@@ -38,9 +37,14 @@ type Skipper interface {
 	Granularity() int64
 }
 
-// blockTarget is a Skipper that takes smaller units of data in WriteSparse, as
-// qcow2.Writer does with extended L2 entries.
-type blockTarget interface{ DataGranularity() int64 }
+// DataUnits is a Skipper that takes smaller units of data in WriteSparse, as
+// qcow2.Writer does with extended L2 entries: whole units of DataGranularity bytes,
+// a part of those of Granularity.
+type DataUnits interface{ DataGranularity() int64 }
+
+// Aborter is a target whose writes wait for those before them. Abort is called after
+// the first error, to wake those who wait for what will not come.
+type Aborter interface{ Abort() }
 
 const (
 	// DefaultSparse is the shortest run of zeroes that is looked for in data,
@@ -181,7 +185,7 @@ func newCopier(dst Target, src blockdev.Reader, opts *Options) (*copier, error) 
 		c.grain = max(c.grain, c.skipper.Granularity())
 	}
 	c.block = c.grain
-	if b, ok := dst.(blockTarget); ok {
+	if b, ok := dst.(DataUnits); ok {
 		c.block = b.DataGranularity()
 	}
 	if c.grain > BufferSize*2 || c.grain&(c.grain-1) != 0 {
@@ -246,9 +250,6 @@ func (c *copier) run(ctx context.Context) error {
 	return c.err
 }
 
-// aborter is a target whose writers wait for each other.
-type aborter interface{ Abort() }
-
 // fail keeps the first error, and wakes workers that wait for their turn.
 func (c *copier) fail(err error) {
 	c.mu.Lock()
@@ -258,7 +259,7 @@ func (c *copier) fail(err error) {
 	}
 	c.turn.Broadcast()
 	c.mu.Unlock()
-	if a, ok := c.dst.(aborter); ok && first {
+	if a, ok := c.dst.(Aborter); ok && first {
 		a.Abort()
 	}
 }
