@@ -1,10 +1,6 @@
 package qcow2
 
-import (
-	"os"
-
-	"qimg/qcow2/blockdev"
-)
+import "qimg/qcow2/blockdev"
 
 // copyBuffer is how much guest data or vm state is copied at once, in bytes.
 const copyBuffer = 1 << 20
@@ -23,22 +19,4 @@ func (im *Image) overlayOf(base blockdev.Reader) (overlay *Image, depth int) {
 		}
 	}
 	return nil, 0
-}
-
-// sameFile reports whether two devices are the same file of the host.
-func sameFile(a, b blockdev.Reader) bool {
-	f, ok := a.(*blockdev.File)
-	g, ok2 := b.(*blockdev.File)
-	if !ok || !ok2 {
-		return false
-	}
-	if f == g {
-		return true
-	}
-	x, err := f.OS().Stat()
-	if err != nil {
-		return false
-	}
-	y, err := g.OS().Stat()
-	return err == nil && os.SameFile(x, y)
 }

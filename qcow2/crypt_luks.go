@@ -141,7 +141,7 @@ func (h *LUKSHeader) openSlot(d *keyDeriver, s *LUKSKeySlot, passphrase []byte, 
 }
 
 // roundUp rounds up to a multiple of a power of two.
-func roundUp[N int | uint64](n, to N) N { return (n + to - 1) &^ (to - 1) }
+func roundUp[N int | int64 | uint64](n, to N) N { return (n + to - 1) &^ (to - 1) }
 
 // mergeKey undoes the anti-forensic split of a key of n bytes: all stripes go
 // through the hash one after the other, and the last gives the key.

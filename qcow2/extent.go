@@ -87,7 +87,7 @@ func (im *Image) piece(off, limit int64) (e blockdev.Extent, joins bool, err err
 
 // sectors rounds a size up to sectors, which is what a guest sees of a raw
 // backing file.
-func sectors(n int64) int64 { return (n + sectorSize - 1) &^ (sectorSize - 1) }
+func sectors(n int64) int64 { return roundUp(n, sectorSize) }
 
 func backingPiece(dev blockdev.Reader, off, limit int64) (blockdev.Extent, bool, error) {
 	if im, ok := dev.(*Image); ok {

@@ -261,7 +261,7 @@ func (s *shared) enter(dev blockdev.Reader) error {
 			return err
 		}
 		for _, other := range s.files {
-			if other != nil && os.SameFile(info, other) {
+			if other != nil && blockdev.SameFile(info, other) {
 				return fmt.Errorf("qcow2: backing chain is a loop: %s is its own backing file: %w", f.Name(), ErrCorrupt)
 			}
 		}

@@ -185,7 +185,7 @@ func (r *rebase) NextExtent(off int64) (blockdev.Extent, error) {
 			e.Len = min(e.Len, f.Len)
 		}
 		same = e.Kind.ReadsZero() && f.Kind.ReadsZero() ||
-			e.Kind == blockdev.Data && f.Kind == blockdev.Data && e.HostOff == f.HostOff && sameFile(e.Host, f.Host)
+			e.Kind == blockdev.Data && f.Kind == blockdev.Data && e.HostOff == f.HostOff && blockdev.SameHost(e.Host, f.Host)
 	}
 	kind := blockdev.Data
 	if same {

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"qimg/qcow2"
+	"qimg/qcow2/blockdev"
 )
 
 type infoOptions struct {
@@ -84,7 +85,7 @@ func queryChain(ctx context.Context, name string, o *infoOptions) ([]*imageInfo,
 			return nil, couldNotOpen(name, err)
 		}
 		for _, above := range infos {
-			if os.SameFile(above.file, info.file) {
+			if blockdev.SameFile(above.file, info.file) {
 				return nil, messagef("Backing file '%s' creates an infinite loop.", name)
 			}
 		}
