@@ -120,7 +120,7 @@ func (e *SizeError) Error() string {
 func (e *SizeError) Unwrap() error { return ErrLimit }
 
 // content writes what src decompresses to.
-func content(ctx context.Context, dst *sparseFile, src blockdev.Reader, opts *Options) error {
+func content(ctx context.Context, dst spool, src blockdev.Reader, opts *Options) error {
 	found, err := Detect(src)
 	switch {
 	case err != nil:

@@ -1,11 +1,11 @@
 package decomp
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 
 	"qimg/qcow2/blockdev"
@@ -43,13 +43,8 @@ func Open(ctx context.Context, src blockdev.Reader, dir string, opts *Options) (
 	if os.Remove(f.Name()) != nil { // Windows: only when it is closed
 		d.path = f.Name()
 	}
-	out := &sparseFile{f: f}
-	err = content(ctx, out, src, opts)
-	if err == nil {
-		err = f.Truncate(out.size)
-	}
-	if err == nil {
-		d.f, err = blockdev.NewFile(f, &blockdev.FileOptions{NoLock: true})
+	if d.f, err = blockdev.NewFile(f, &blockdev.FileOptions{Write: true, NoLock: true}); err == nil {
+		err = content(ctx, spool{d.f}, src, opts)
 	}
 	if err != nil {
 		f.Close()
@@ -86,68 +81,32 @@ func (d *Disk) remove() error {
 	return os.Remove(d.path)
 }
 
-// holeSize is the unit of holes.
-const holeSize = 4 << 10
+// spool is the temporary file while it is written. Its errors are told from those of
+// a decompressor.
+type spool struct{ *blockdev.File }
 
-// sparseFile is an empty file that is written without the zeroes.
-type sparseFile struct {
-	f    *os.File
-	size int64 // of the content; Truncate is to set it
+func (s spool) WriteAt(p []byte, off int64) (int, error) {
+	n, err := s.File.WriteAt(p, off)
+	return n, fileError(err)
 }
 
-// write writes p at off. Writes of ranges that do not overlap can be made at the
-// same time.
-func (s *sparseFile) write(p []byte, off int64) error {
-	zeroes := make([]byte, holeSize)
-	start := 0 // of what is not yet written
-	flush := func(end int) error {
-		if start == end {
-			return nil
-		}
-		_, err := s.f.WriteAt(p[start:end], off+int64(start))
-		return err
+func (s spool) Truncate(size int64) error { return fileError(s.File.Truncate(size)) }
+
+func fileError(err error) error {
+	if err == nil {
+		return nil
 	}
-	for at := 0; at < len(p); {
-		// Up to the next multiple of holeSize in the file.
-		n := min(holeSize-int((off+int64(at))%holeSize), len(p)-at)
-		if bytes.Equal(p[at:at+n], zeroes[:n]) {
-			if err := flush(at); err != nil {
-				return &ioError{err}
-			}
-			start = at + n
-		}
-		at += n
-	}
-	if err := flush(len(p)); err != nil {
-		return &ioError{err}
-	}
-	return nil
+	return &ioError{err}
 }
 
 // copy writes all of r, which may not be more than limit bytes.
-func (s *sparseFile) copy(r io.Reader, limit int64) error {
-	buf := make([]byte, 1<<20)
-	for {
-		n, err := io.ReadFull(r, buf)
-		if int64(n) > limit-s.size {
-			return &SizeError{limit}
-		}
-		if e := s.write(buf[:n], s.size); e != nil {
-			return e
-		}
-		s.size += int64(n)
-		switch err {
-		case nil:
-		case io.EOF:
-			return nil
-		case io.ErrUnexpectedEOF:
-			// Of ReadFull, or of r: r says it again.
-			if _, err = r.Read(buf[:1]); err == io.EOF {
-				return nil
-			}
-			return io.ErrUnexpectedEOF
-		default:
-			return err
-		}
+func (s spool) copy(r io.Reader, limit int64) error {
+	if limit < math.MaxInt64 {
+		r = io.LimitReader(r, limit+1)
 	}
+	n, err := blockdev.Spool(s, r)
+	if n > limit {
+		return &SizeError{limit}
+	}
+	return err
 }

@@ -56,20 +56,24 @@ type xzBlock struct {
 }
 
 // decodeXZ writes what an input decompresses to.
-func decodeXZ(ctx context.Context, dst *sparseFile, src blockdev.Reader, limit int64) error {
-	streams, err := xzStreams(ctx, src, limit)
+func decodeXZ(ctx context.Context, dst spool, src blockdev.Reader, limit int64) error {
+	streams, size, err := xzStreams(ctx, src, limit)
 	if err != nil {
+		return err
+	}
+	if err := dst.Truncate(size); err != nil {
 		return err
 	}
 	d := &xzDecoder{ctx: ctx, dst: dst, src: src, workers: runtime.GOMAXPROCS(0)}
 	d.ready.L = &d.mu
+	out := int64(0)
 	for i := range streams {
 		s := &streams[i]
 		at := s.off + xzHeaderSize
 		err := s.readIndex(src, func(unpadded, size int64) error {
-			b := xzBlock{at, unpadded, size, dst.size, s.check}
+			b := xzBlock{at, unpadded, size, out, s.check}
 			at += (unpadded + 3) &^ 3
-			dst.size += size
+			out += size
 			return d.start(b)
 		})
 		if err != nil {
@@ -94,32 +98,30 @@ func readAt(src blockdev.Reader, off, n int64) ([]byte, error) {
 }
 
 // xzStreams finds the streams, from the end on, and returns them from the
-// beginning on. The content of all may not be more than limit bytes.
-func xzStreams(ctx context.Context, src blockdev.Reader, limit int64) ([]xzStream, error) {
-	var streams []xzStream
+// beginning on, with the size of the content of all, which may not be more than limit
+// bytes.
+func xzStreams(ctx context.Context, src blockdev.Reader, limit int64) (streams []xzStream, total int64, err error) {
 	le := binary.LittleEndian
-	total := int64(0)
 	for end := src.Size(); end > 0; {
 		if err := ctx.Err(); err != nil {
-			return nil, err
+			return nil, 0, err
 		}
-		var err error
 		if end, err = skipPadding(src, end); err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 		if end < 2*xzHeaderSize {
-			return nil, corruptf(0, "the footer of a stream is missing")
+			return nil, 0, corruptf(0, "the footer of a stream is missing")
 		}
 		footer, err := readAt(src, end-xzHeaderSize, xzHeaderSize)
 		if err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 		if string(footer[10:]) != xzFooterMagic || crc32.ChecksumIEEE(footer[4:10]) != le.Uint32(footer) {
-			return nil, corruptf(end-xzHeaderSize, "no footer of a stream: the end is missing, or is followed by something else")
+			return nil, 0, corruptf(end-xzHeaderSize, "no footer of a stream: the end is missing, or is followed by something else")
 		}
 		s := xzStream{check: footer[9], indexSize: (int64(le.Uint32(footer[4:])) + 1) * 4}
 		if s.index = end - xzHeaderSize - s.indexSize; s.index < xzHeaderSize {
-			return nil, corruptf(end-xzHeaderSize, "the index of %d bytes is not in the file", s.indexSize)
+			return nil, 0, corruptf(end-xzHeaderSize, "the index of %d bytes is not in the file", s.indexSize)
 		}
 		blocks := int64(0) // bytes
 		err = s.readIndex(src, func(unpadded, size int64) error {
@@ -134,23 +136,23 @@ func xzStreams(ctx context.Context, src blockdev.Reader, limit int64) ([]xzStrea
 			return nil
 		})
 		if err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 		if s.off = s.index - blocks - xzHeaderSize; s.off < 0 {
-			return nil, corruptf(s.index, "the index has more bytes than lie before it")
+			return nil, 0, corruptf(s.index, "the index has more bytes than lie before it")
 		}
 		header, err := readAt(src, s.off, xzHeaderSize)
 		if err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 		if !bytes.HasPrefix(header, []byte(xzMagic)) || crc32.ChecksumIEEE(header[6:8]) != le.Uint32(header[8:]) {
-			return nil, corruptf(s.off, "no header of a stream, where one has to be by the index")
+			return nil, 0, corruptf(s.off, "no header of a stream, where one has to be by the index")
 		}
 		if !bytes.Equal(header[6:8], footer[8:10]) {
-			return nil, corruptf(s.off, "flags of header and footer differ")
+			return nil, 0, corruptf(s.off, "flags of header and footer differ")
 		}
 		if _, err := newCheck(s.check); err != nil || header[6] != 0 {
-			return nil, fmt.Errorf("at %#x: check %#x%02x: %w", s.off, header[6], header[7], ErrUnsupported)
+			return nil, 0, fmt.Errorf("at %#x: check %#x%02x: %w", s.off, header[6], header[7], ErrUnsupported)
 		}
 		streams = append(streams, s)
 		if s.off == 0 {
@@ -159,7 +161,7 @@ func xzStreams(ctx context.Context, src blockdev.Reader, limit int64) ([]xzStrea
 		end = s.off
 	}
 	slices.Reverse(streams)
-	return streams, nil
+	return streams, total, nil
 }
 
 // skipPadding returns where the stream before end ends: zeroes, in fours, can be
@@ -264,7 +266,7 @@ func newCheck(id byte) (hash.Hash, error) {
 // xzDecoder decodes blocks side by side.
 type xzDecoder struct {
 	ctx     context.Context
-	dst     *sparseFile
+	dst     spool
 	src     blockdev.Reader
 	workers int
 	wg      sync.WaitGroup
@@ -428,7 +430,7 @@ func (d *xzDecoder) decode(b *xzBlock, h *blockHeader) error {
 		if sum != nil {
 			sum.Write(buf[:m])
 		}
-		if e := d.dst.write(buf[:m], b.out+done); e != nil {
+		if e := blockdev.WriteData(d.dst, buf[:m], b.out+done); e != nil {
 			return e
 		}
 		done += int64(m)

@@ -223,7 +223,7 @@ func (s *sourceSet) spoolTar(ctx context.Context, name string, r io.Reader) erro
 		return err
 	}
 	s.closers = append(s.closers, closeFunc(out.Abort))
-	if err := spool(out.File(), input{ctx, r}); err != nil {
+	if _, err := blockdev.Spool(out.File(), &input{ctx: ctx, r: r}); err != nil {
 		return prefixError(name, err)
 	}
 	return s.openTar(ctx, name, out.File())

@@ -11,7 +11,6 @@ import (
 
 	"qimg/qcow2"
 	"qimg/qcow2/blockdev"
-	"qimg/qcow2/transfer"
 )
 
 // convertSources are the inputs, which are read one behind the other.
@@ -115,7 +114,7 @@ func (o *convertOptions) readPipe(ctx context.Context, name, output string) (*im
 		return nil, err
 	}
 	img := &image{arg: name, name: name, format: "raw", file: out.File(), dev: out.File(), closers: []io.Closer{closeFunc(out.Abort)}}
-	err = spool(out.File(), input{ctx, in})
+	_, err = blockdev.Spool(out.File(), &input{ctx: ctx, r: in})
 	if err == nil && !o.source.hasFormat {
 		if img.format, err = probe(img.dev); err == nil && img.format != "raw" {
 			err = messagef("it is in format %s, and only a raw disk can be read from a pipe (with -f raw it is taken byte by byte)", img.format)
@@ -135,31 +134,6 @@ func (eofReader) Read([]byte) (int, error) { return 0, io.EOF }
 type closeFunc func() error
 
 func (f closeFunc) Close() error { return f() }
-
-// spool copies what r gives to f, with holes where it is zeroes.
-func spool(f *blockdev.File, r io.Reader) error {
-	buf := make([]byte, 1<<20)
-	for size := int64(0); ; {
-		n, err := io.ReadFull(r, buf)
-		size += int64(n)
-		if n > 0 {
-			if err := f.Truncate(size); err != nil {
-				return err
-			}
-			if b := buf[:n]; !transfer.IsZero(b) {
-				if _, err := f.WriteAt(b, size-int64(n)); err != nil {
-					return err
-				}
-			}
-		}
-		switch {
-		case err == io.EOF || err == io.ErrUnexpectedEOF:
-			return nil
-		case err != nil:
-			return fmt.Errorf("read at offset %d: %w", size, err)
-		}
-	}
-}
 
 // useSnapshot opens the first input anew, with the content of the snapshot.
 func (o *convertOptions) useSnapshot(ctx context.Context, s *convertSources, names []string) (err error) {

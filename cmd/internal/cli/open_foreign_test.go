@@ -152,6 +152,11 @@ func TestCompressed(t *testing.T) {
 		oracle.MustRun(t, "qemu-img", "compare", "-f", "raw", "-F", "raw", "raw", "out")
 		runs(0, "file format: raw", "info", "-f", "raw", "raw.c")
 		runs(1, "does not write", "resize", "raw.c", "9M")
+		option := "driver=" + program + ",file.filename=raw.c,max-size="
+		runs(0, "virtual size", "info", "--image-opts", option+"6M")
+		runs(1, "the content has more than 1048576 bytes: limit exceeded\nWith --image-opts driver="+program+",max-size=SIZE,file.filename=raw.c it can", "info", "--image-opts", option+"1M")
+		runs(1, "expects a size from 1 on", "info", "--image-opts", option+"0")
+		runs(1, "expects a non-negative number", "info", "--image-opts", option+"x")
 		// What is within is not looked into.
 		compress("image", "image.c")
 		runs(1, "the content is in format qcow2", "convert", "-O", "raw", "image.c", "new")

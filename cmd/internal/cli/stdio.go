@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"time"
@@ -79,10 +80,16 @@ func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 type input struct {
 	ctx context.Context
 	r   io.Reader
+	off int64
 }
 
-func (i input) Read(p []byte) (int, error) {
-	return unlessDone(i.ctx, 0, func() (int, error) { return i.r.Read(p) })
+func (i *input) Read(p []byte) (int, error) {
+	n, err := unlessDone(i.ctx, 0, func() (int, error) { return i.r.Read(p) })
+	i.off += int64(n)
+	if err != nil && err != io.EOF {
+		err = fmt.Errorf("read at offset %d: %w", i.off, err)
+	}
+	return n, err
 }
 
 // patience is how long a write may take after the command was interrupted: what is
