@@ -190,9 +190,7 @@ func (t commitTarget) WriteZeroes(off, n int64) error {
 		return nil
 	}
 	if im, ok := t.base.(*Image); ok {
-		if err := im.Discard(off, n); err != nil {
-			return err
-		}
+		return im.Clear(off, n)
 	}
 	return blockdev.WriteZeroes(t.base, off, n)
 }

@@ -244,6 +244,7 @@ func guestOps() []crashOp {
 		{"discard data", func(tr *qcow2.Trial, c int64, _ byte) { tr.Discard(plainAt*c, 3*c) }},
 		{"discard compressed", func(tr *qcow2.Trial, c int64, _ byte) { tr.Discard(compressedAt*c, 2*c) }},
 		{"discard across", func(tr *qcow2.Trial, c int64, _ byte) { tr.Discard((zeroAt-1)*c+9, 12*c) }},
+		{"clear across", func(tr *qcow2.Trial, c int64, _ byte) { tr.Clear(mixedAt*c-9, 7*c) }},
 	}
 }
 

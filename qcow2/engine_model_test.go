@@ -79,7 +79,11 @@ func (m *guestModel) step() {
 			m.t.Fatalf("write %d+%d: %d, %v", off, n, w, err)
 		}
 	case 4, 5:
-		if err := m.im.WriteZeroes(off, n); err != nil {
+		zero := m.im.WriteZeroes
+		if m.rand.IntN(2) == 0 {
+			zero = m.im.Clear
+		}
+		if err := zero(off, n); err != nil {
 			m.t.Fatalf("zero %d+%d: %v", off, n, err)
 		}
 		clear(p)

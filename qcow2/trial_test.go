@@ -314,6 +314,12 @@ func (tr *Trial) Zero(off, n int64) {
 	tr.change(fmt.Sprintf("zero %d+%d", off, n), off, make([]byte, n), false, func() error { return tr.Image.WriteZeroes(off, n) })
 }
 
+// Clear makes guest data zeroes, and gives back its space.
+func (tr *Trial) Clear(off, n int64) {
+	tr.t.Helper()
+	tr.change(fmt.Sprintf("clear %d+%d", off, n), off, make([]byte, n), false, func() error { return tr.Image.Clear(off, n) })
+}
+
 // Discard discards guest data. What it makes zeroes is the image's to say.
 func (tr *Trial) Discard(off, n int64) {
 	tr.t.Helper()

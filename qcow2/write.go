@@ -231,6 +231,18 @@ func (im *Image) Discard(off, n int64) error {
 	return im.change("discard", off, n, func() error { return im.discardGuest(off, n) })
 }
 
+// Clear makes n bytes at off read as zeroes, as WriteZeroes does, and gives back the
+// space of the clusters that lie wholly in the range, as Discard does. Order: as
+// Discard.
+func (im *Image) Clear(off, n int64) error {
+	return im.change("clear", off, n, func() error {
+		if err := im.discardGuest(off, n); err != nil {
+			return err
+		}
+		return im.zeroGuest(off, n)
+	})
+}
+
 // Sync makes all completed changes survive a crash. Order: refcounts, new L2
 // tables and data, sync; L2 and L1 entries, sync; refcounts of what was given up.
 // On an image that is open for reading it does nothing.

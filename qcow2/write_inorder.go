@@ -9,8 +9,8 @@ import (
 )
 
 // CompressedWriter writes into an image that is open for writing, and stores
-// clusters compressed, as Image.WriteCompressed does. It is a target of
-// transfer.Copy.
+// clusters compressed, as Image.WriteCompressed does; those of zeroes give back
+// their space, as by Image.Clear. It is a target of transfer.Copy.
 //
 // The disk is named from its beginning on, in whole clusters, by WriteAt,
 // WriteSparse, WriteZeroes and Skip, from any number of goroutines, each of which
@@ -84,7 +84,9 @@ func (w *CompressedWriter) WriteSparse(p []byte, off int64, data []blockdev.Rang
 					return w.place(off, end, func() error { return err })
 				}
 			}
-			list = append(list, k)
+			if !k.zero {
+				list = append(list, k)
+			}
 			at += int64(len(part))
 		}
 	}
@@ -108,7 +110,7 @@ func (w *CompressedWriter) zero(off, end int64) error {
 	if off == end {
 		return nil
 	}
-	return w.im.WriteZeroes(off, end-off)
+	return w.im.Clear(off, end-off)
 }
 
 // WriteZeroes implements blockdev.ZeroWriter.

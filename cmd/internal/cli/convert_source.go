@@ -193,9 +193,9 @@ func (a *snapshotArg) find(list []qcow2.Snapshot) (*qcow2.Snapshot, error) {
 	return &list[i], nil
 }
 
-// sameFile returns the path of the input, or of the file in the chain of one,
-// that a file is; "" if it is none of them.
-func (s *convertSources) sameFile(info os.FileInfo) string {
+// overlapping returns the path of the input, or of the file in the chain of one, that
+// a file has bytes in common with; "" if there is none.
+func (s *convertSources) overlapping(info os.FileInfo) string {
 	for _, path := range s.files {
 		if other, err := os.Stat(path); err == nil && blockdev.Overlap(info, other) {
 			return path

@@ -139,7 +139,7 @@ func (t *convertTarget) refuseSources(output string) error {
 	if err != nil { // it is new
 		return nil
 	}
-	if path := t.srcs.sameFile(info); path != "" {
+	if path := t.srcs.overlapping(info); path != "" {
 		return fmt.Errorf("output '%s' is an input, or in the backing chain of one: '%s'", output, path)
 	}
 	return nil
@@ -322,8 +322,10 @@ func (t *convertTarget) transfer(ctx context.Context, src blockdev.Reader, opts 
 	if err != nil {
 		return err
 	}
-	// Clusters get their places as they are written.
-	_, opts.InOrder = dst.(*qcow2.Image)
+	switch dst.(type) {
+	case *qcow2.Image, clearedImage: // clusters get their places as they are written
+		opts.InOrder = true
+	}
 	if err := transfer.Copy(ctx, dst, src, opts); err != nil || t.writer == nil {
 		return err
 	}
@@ -345,7 +347,7 @@ func (t *convertTarget) device() (transfer.Target, error) {
 	case t.existing.qcow2 != nil && t.o.compress:
 		return t.existing.qcow2.NewCompressedWriter()
 	case t.existing.qcow2 != nil:
-		return t.existing.qcow2, nil
+		return clearedImage{t.existing.qcow2}, nil
 	}
 	dev := t.existing.dev.(blockdev.Device) // it was opened for writing
 	if f, ok := dev.(*blockdev.File); ok && f.Size() < t.size {
@@ -353,6 +355,11 @@ func (t *convertTarget) device() (transfer.Target, error) {
 	}
 	return dev, nil
 }
+
+// clearedImage is an image that exists. Zeroes give its space back, as in qemu-img.
+type clearedImage struct{ *qcow2.Image }
+
+func (t clearedImage) WriteZeroes(off, n int64) error { return t.Clear(off, n) }
 
 // forBitmaps returns the output as an image whose bitmaps can be changed, and
 // what is to be called then.
