@@ -42,7 +42,12 @@ func (o *convertOptions) openSources(ctx context.Context, names []string, output
 		return s, err
 	}
 	for _, img := range s.images {
-		s.add(img.reader(), img.size())
+		unit := int64(512)
+		if img.qcow2 != nil {
+			h := img.qcow2.Header()
+			unit = h.ClusterSize()
+		}
+		s.add(img.reader(), img.size(), unit)
 	}
 	return s, nil
 }
@@ -215,10 +220,13 @@ type joined struct {
 type joinedPart struct {
 	r      blockdev.Reader
 	off, n int64
+	unit   int64
 }
 
-func (j *joined) add(r blockdev.Reader, size int64) {
-	j.parts = append(j.parts, joinedPart{r, j.size, size})
+// add adds a disk. Its extents end at multiples of unit, and what is left of one is
+// another, as qemu-img has it: it looks for zeroes in each by itself.
+func (j *joined) add(r blockdev.Reader, size, unit int64) {
+	j.parts = append(j.parts, joinedPart{r, j.size, size, unit})
 	j.size += size
 }
 
@@ -266,6 +274,9 @@ func (j *joined) NextExtent(off int64) (blockdev.Extent, error) {
 	if at := off - p.off; at < p.r.Size() {
 		if e, err = blockdev.NextExtent(p.r, at); err != nil {
 			return e, err
+		}
+		if tail := (at + e.Len) % p.unit; e.Len > tail {
+			e.Len -= tail
 		}
 		e.Off = off
 	}

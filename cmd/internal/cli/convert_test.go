@@ -3,6 +3,7 @@ package cli_test
 import (
 	"bytes"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -345,56 +346,64 @@ func sameOutput(t *testing.T, theirs, ours, name string) {
 	}
 }
 
+// randomConverts is how many conversions TestConvertRandom makes.
+var randomConverts = flag.Uint64("random.converts", 16, "how many conversions TestConvertRandom makes")
+
 // Random chains, in random forms: the guest reads the same as after qemu-img's
 // convert, and the same is stored.
 func TestConvertRandom(t *testing.T) {
 	oracle.Require(t, "qemu-img", "qemu-io")
-	for seed := range uint64(12) {
-		t.Run(fmt.Sprint(seed), func(t *testing.T) {
-			r := rand.New(rand.NewPCG(seed, 3))
-			dir := t.TempDir()
-			t.Chdir(dir)
-			chain := randomChain(t, r)
-			top := chain[len(chain)-1]
-			format := "qcow2"
-			options := []string{fmt.Sprintf("cluster_size=%d", 4096<<r.IntN(6))}
-			args := []string{"convert"}
-			exact := true
-			switch r.IntN(5) {
-			case 0:
-				format, options = "raw", nil
-			case 1:
-				args = append(args, "-c")
-			case 2:
-				options = append(options, "compat=0.10")
-			case 3:
-				exact = false // zeroes count from where QEMU's requests begin
-				options = append(options[:0], fmt.Sprintf("extended_l2=on,cluster_size=%d", 16384<<r.IntN(4)))
-			}
-			if r.IntN(3) == 0 {
-				args = append(args, "-S", []string{"0", "512"}[r.IntN(2)])
-			}
-			if below := chain[len(chain)-2]; format == "qcow2" && r.IntN(3) == 0 {
-				// qemu-img compresses what is left to it of the last cluster.
-				exact = exact && !slices.Contains(args, "-c")
-				args = append(args, "-B", below.name, "-F", below.format)
-			}
-			if len(options) > 0 {
-				args = append(args, "-o", strings.Join(options, ","))
-			}
-			args = append(args, "-f", top.format, "-O", format, top.name, "out")
-			theirs, ours := both(t, dir, args...)
-			out := &layer{name: "out", format: format}
-			sameImages(t, theirs, ours, []*layer{out})
-			sameGuestAs(t, top.format, filepath.Join(dir, top.name), format, filepath.Join(ours, "out"))
-			a, b := mapOf(t, theirs, out), mapOf(t, ours, out)
-			if format == "raw" {
-				a, b = withFirstBlock(a), withFirstBlock(b)
-			}
-			if diff := cmp.Diff(a, b); exact && diff != "" {
-				t.Errorf("%q: map -qemu-img +qimg\n%s", args, diff)
-			}
-		})
+	for seed := range *randomConverts {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) { convertRandom(t, rand.New(rand.NewPCG(seed, 3))) })
+	}
+}
+
+func convertRandom(t *testing.T, r *rand.Rand) {
+	dir := t.TempDir()
+	t.Chdir(dir)
+	chain := randomChain(t, r)
+	top := chain[len(chain)-1]
+	format := "qcow2"
+	options := []string{fmt.Sprintf("cluster_size=%d", 4096<<r.IntN(6))}
+	args := []string{"convert"}
+	exact, exists := true, false
+	switch r.IntN(6) {
+	case 0:
+		format, options = "raw", nil
+	case 1:
+		args = append(args, "-c")
+	case 2:
+		options = append(options, "compat=0.10")
+	case 3:
+		options = append(options[:0], fmt.Sprintf("extended_l2=on,cluster_size=%d", 16384<<r.IntN(4)))
+	case 4:
+		existing := randomLayer(t, r, "out", nil, top.size/512)
+		oracle.MustRun(t, "qemu-img", "resize", "-q", "-f", existing.format, "--shrink", "out", fmt.Sprint(top.size+512*r.Int64N(200)))
+		format, options, exists = existing.format, nil, true
+		args = append(args, "-n")
+	}
+	if r.IntN(2) == 0 {
+		args = append(args, "-S", []string{"0", "512", "1k", "16k", "64k", "256k", "1M"}[r.IntN(7)])
+	}
+	if below := chain[len(chain)-2]; format == "qcow2" && !exists && r.IntN(3) == 0 {
+		// qemu-img compresses what is left to it of the last cluster.
+		exact = exact && !slices.Contains(args, "-c")
+		args = append(args, "-B", below.name, "-F", below.format)
+	}
+	if len(options) > 0 {
+		args = append(args, "-o", strings.Join(options, ","))
+	}
+	args = append(args, "-f", top.format, "-O", format, top.name, "out")
+	theirs, ours := both(t, dir, args...)
+	out := &layer{name: "out", format: format}
+	sameImages(t, theirs, ours, []*layer{out})
+	sameGuestAs(t, top.format, filepath.Join(dir, top.name), format, filepath.Join(ours, "out"))
+	a, b := mapOf(t, theirs, out), mapOf(t, ours, out)
+	if format == "raw" && !exists {
+		a, b = withFirstBlock(a), withFirstBlock(b)
+	}
+	if diff := cmp.Diff(a, b); exact && diff != "" {
+		t.Errorf("%q: map -qemu-img +qimg\n%s", args, diff)
 	}
 }
 

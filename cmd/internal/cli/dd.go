@@ -136,7 +136,7 @@ func (o *ddOptions) cut(srcs *convertSources) (behind bool, err error) {
 		return behind, err
 	}
 	srcs.joined = joined{}
-	srcs.add(part, (end-start+511)&^511)
+	srcs.add(part, (end-start+511)&^511, 512)
 	return behind, nil
 }
 
