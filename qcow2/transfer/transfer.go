@@ -87,9 +87,11 @@ type Options struct {
 	// to its end, while others are read.
 	InOrder bool
 	// Salvage goes on where the source cannot be read: Salvage is told of each
-	// such range, one at a time, and zeroes are written there. Nil: the first
-	// such error ends the copy.
-	Salvage func(off, n int64, err error)
+	// such sector, one at a time, and zeroes are written there. With
+	// ReadError.Extents it is told that the sector is tried to be read although
+	// nothing tells what it is made of. Nil: the first error of reading ends
+	// the copy.
+	Salvage func(err *ReadError)
 	// Rate bounds what is written, in bytes a second; 0 means no bound.
 	Rate int64
 	// Progress is told how many of the bytes of the source have been dealt
@@ -157,7 +159,8 @@ type copier struct {
 	turn    sync.Cond        // done has changed, or err, where that is waited for
 	next    int64            // the source is taken up to here
 	extent  blockdev.Extent  // the last that was asked for
-	asked   []blockdev.Range // the extents that requests has to know
+	asked   []blockdev.Range // extents of data that cuts has to know
+	told    int64            // Options.Salvage was told of extents up to here
 	err     error
 	done    int64
 	written int64
@@ -373,8 +376,11 @@ func (c *copier) look(off int64) (blockdev.Extent, pieceKind, error) {
 		case c.opts.Salvage == nil:
 			return next, 0, &ReadError{Off: off, Extents: true, Err: err}
 		default:
-			// What it is made of cannot be told: it is tried in parts.
-			*e = blockdev.Extent{Off: off, Len: min(512, c.size-off), Kind: blockdev.Data}
+			if off >= c.told {
+				c.told = off + salvageUnit
+				c.lost(&ReadError{Off: off, Extents: true, Err: err})
+			}
+			*e = blockdev.Extent{Off: off, Len: min(salvageUnit, c.size-off), Kind: blockdev.Data}
 		}
 	}
 	rest := *e
@@ -586,17 +592,24 @@ func (w *worker) read(b []byte, off int64) error {
 		}
 		return &ReadError{Off: off + int64(n), Err: err}
 	}
-	const sector = 512
-	for at := 0; at < len(b); at += sector {
-		part := b[at:min(at+sector, len(b))]
+	for at := 0; at < len(b); at += salvageUnit {
+		part := b[at:min(at+salvageUnit, len(b))]
 		if err := readFull(w.src, part, off+int64(at)); err != nil {
 			clear(part)
-			w.salvage.Lock()
-			w.opts.Salvage(off+int64(at), int64(len(part)), err)
-			w.salvage.Unlock()
+			w.lost(&ReadError{Off: off + int64(at), Err: err})
 		}
 	}
 	return nil
+}
+
+// salvageUnit is what is read at once where reading has failed, in bytes.
+const salvageUnit = 512
+
+// lost tells of what cannot be read.
+func (c *copier) lost(err *ReadError) {
+	c.salvage.Lock()
+	defer c.salvage.Unlock()
+	c.opts.Salvage(err)
 }
 
 // readFull reads all of p, which lies inside the device.

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"qimg/qcow2"
+	"qimg/qcow2/blockdev"
 	"qimg/qcow2/transfer"
 )
 
@@ -29,6 +30,8 @@ type convertOptions struct {
 	workers       workersArg
 	rate          rateArg
 	level         int
+
+	causes map[string]bool // why something cannot be read, as far as it was told
 
 	compress, noCreate, kernelCopy, outOfOrder bool
 	progress, quiet                            bool
@@ -252,13 +255,51 @@ func (o *convertOptions) transferOptions(p *progress) *transfer.Options {
 		}
 	}
 	if o.salvage {
-		t.Salvage = func(off, n int64, err error) {
+		o.causes = map[string]bool{}
+		t.Salvage = func(err *transfer.ReadError) {
 			if !o.quiet {
-				o.host.warn("error while reading offset %d: %s", off, ioText(err))
+				o.warnLost(err)
 			}
 		}
 	}
 	return t
+}
+
+// maxCauses bounds how often salvage tells what is wrong with an image.
+const maxCauses = 1000
+
+// warnLost tells of a sector that cannot be read, in qemu-img's words. What is wrong
+// with an image is told once, before the first of its sectors.
+func (o *convertOptions) warnLost(err *transfer.ReadError) {
+	what, cause := "", ioText(err.Err)
+	if err.Extents {
+		what = "block status at "
+	}
+	if errno := syscall.Errno(0); !errors.As(err.Err, &errno) {
+		if !o.causes[cause] && len(o.causes) < maxCauses {
+			o.causes[cause] = true
+			fmt.Fprintln(o.host.Err, cause)
+		}
+		cause = strerror(syscall.EIO)
+	}
+	o.host.warn("error while reading %soffset %d: %s", what, err.Off, cause)
+}
+
+// warnExtents tells of what salvage will find no extents of. qemu-img says that
+// before it copies, and again then.
+func (o *convertOptions) warnExtents(ctx context.Context, src blockdev.ExtentReader, size int64) error {
+	for off := int64(0); off < size; {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		e, err := src.NextExtent(off)
+		if err != nil {
+			o.warnLost(&transfer.ReadError{Off: off, Extents: true, Err: err})
+			e.Len = 512
+		}
+		off += e.Len
+	}
+	return nil
 }
 
 // copyError puts an error of a copy in qemu-img's words.

@@ -131,7 +131,7 @@ func TestConvertSameBytes(t *testing.T) {
 	mustRun(t, "snapshot", "-c", "before", "full")
 	for _, form := range []string{"-n old", "-n -c old", "-n full", "-n -c full", "-n --target-is-zero old", "-o preallocation=metadata out", "-o data_file=data out"} {
 		var first [][]byte
-		for i := range 12 {
+		for i := range 6 {
 			args := strings.Fields("convert -f raw -O qcow2 -m " + []string{"1", "3", "16"}[i%3] + " " + form)
 			out := args[len(args)-1]
 			if out != "out" {
@@ -195,9 +195,9 @@ func TestConvertDamaged(t *testing.T) {
 		theirs bool   // qemu-img says the same with --salvage
 	}{
 		{"l2 entry", nil, func(b []byte) { b[0x4000e] = 2 }, 0,
-			"error while reading block status at offset 65536: qcow2: l2 entry at 0x40008: cluster offset 0x60200 not aligned to 0x10000", 65536, 128, false},
+			"error while reading block status at offset 65536: qcow2: l2 entry at 0x40008: cluster offset 0x60200 not aligned to 0x10000", 65536, 128, true},
 		{"l1 entry", nil, func(b []byte) { b[0x30006] = 2 }, 0,
-			"error while reading block status at offset 0: qcow2: l1 entry at 0x30000: l2 table offset 0x40200 not aligned to 0x10000", 0, 4096, false},
+			"error while reading block status at offset 0: qcow2: l1 entry at 0x30000: l2 table offset 0x40200 not aligned to 0x10000", 0, 4096, true},
 		{"truncated", nil, nil, 0x61a00,
 			"error while reading block status at offset 72192: qcow2: l2 entry at 0x40008: cluster offset 0x60000: the file ends at 0x61a00: it is truncated", 72192, 4*128 - 13, false},
 		{"truncated table", nil, nil, 0x48000,
@@ -233,10 +233,15 @@ func TestConvertDamaged(t *testing.T) {
 				return
 			}
 			r := run(t, "convert", "--salvage", "-m", "1", "-O", "raw", "damaged", "out")
-			lines := strings.SplitAfter(r.Stderr, "\n")
-			lines = lines[:len(lines)-1]
-			if r.Code != 0 || len(lines) != c.lost || !strings.HasPrefix(r.Stderr, fmt.Sprintf("qemu-img: warning: error while reading offset %d: ", c.first)) {
-				t.Errorf("exit %d, %d lines, %.300s", r.Code, len(lines), r.Stderr)
+			warnings := regexp.MustCompile(`(?m)^qemu-img: warning: .*\n`).FindAllString(r.Stderr, -1)
+			lost := slices.DeleteFunc(slices.Clone(warnings), func(s string) bool { return strings.Contains(s, "block status") })
+			if r.Code != 0 || len(lost) != c.lost || !strings.HasPrefix(lost[0], fmt.Sprintf("qemu-img: warning: error while reading offset %d: ", c.first)) {
+				t.Errorf("exit %d, %d lines, %.300s", r.Code, len(lost), r.Stderr)
+			}
+			// What is wrong is said once.
+			_, cause, ok := strings.Cut(c.want, "qcow2: ")
+			if !ok || strings.Count(r.Stderr, "qcow2: "+cause) != 1 {
+				t.Errorf("want once %q: %.300s", cause, r.Stderr)
 			}
 			if quiet := run(t, "convert", "-q", "--salvage", "-O", "raw", "damaged", "quiet"); quiet != (oracle.Result{}) {
 				t.Errorf("-q: %+v", quiet)
@@ -244,8 +249,11 @@ func TestConvertDamaged(t *testing.T) {
 			theirs := oracle.Run(t, "qemu-img", "convert", "--salvage", "-m", "1", "-O", "raw", "damaged", "theirs")
 			oracle.MustRun(t, "qemu-img", "compare", "-f", "raw", "-F", "raw", "theirs", "out")
 			if c.theirs {
-				cause := regexp.MustCompile(`(?m)(offset \d+: ).*`)
-				if diff := cmp.Diff(cause.ReplaceAllString(theirs.Stderr, "$1"), cause.ReplaceAllString(r.Stderr, "$1")); diff != "" {
+				want := strings.SplitAfter(theirs.Stderr[strings.Index(theirs.Stderr, "qemu-img: "):], "\n") // behind what is wrong
+				want = want[:len(want)-1]
+				slices.Sort(want)
+				slices.Sort(warnings)
+				if diff := cmp.Diff(want, warnings); diff != "" {
 					t.Errorf("-qemu-img +qimg\n%s", diff)
 				}
 			}

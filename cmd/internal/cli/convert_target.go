@@ -294,6 +294,11 @@ func (t *convertTarget) openStream(ctx context.Context) (err error) {
 // copy copies the sources.
 func (t *convertTarget) copy(ctx context.Context, srcs *convertSources, p *progress) error {
 	opts := t.o.transferOptions(p)
+	if t.o.salvage && !t.o.quiet {
+		if err := t.o.warnExtents(ctx, srcs, srcs.Size()); err != nil {
+			return err
+		}
+	}
 	if t.stream {
 		return copyError(transfer.Stream(ctx, t.out, srcs, opts))
 	}
