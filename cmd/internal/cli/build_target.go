@@ -155,7 +155,7 @@ func (t *buildTarget) writeLayout(ctx context.Context, layout *ext4img.Layout, p
 	if t.device != nil || t.stream {
 		return t.writeDisk(ctx, &sourceReader{layout.Reader(), source}, progress)
 	}
-	err := t.writeFile(ctx, &blockdev.CreateOptions{Stream: true}, func(f *blockdev.File) error {
+	err := t.writeFile(ctx, func(f *blockdev.File) error {
 		opts := &ext4img.WriteOptions{Progress: progress.Update}
 		if t.qcow2 == nil {
 			if err := f.Truncate(layout.Size()); err != nil {
@@ -197,7 +197,7 @@ func (t *buildTarget) writeDisk(ctx context.Context, disk blockdev.Reader, progr
 			err = t.device.Sync()
 		}
 	default:
-		err = t.writeFile(ctx, nil, func(f *blockdev.File) error {
+		err = t.writeFile(ctx, func(f *blockdev.File) error {
 			opts.TargetIsZero = true
 			if t.qcow2 == nil {
 				if err := f.Truncate(disk.Size()); err != nil {
@@ -225,8 +225,8 @@ func (t *buildTarget) writeDisk(ctx context.Context, disk blockdev.Reader, progr
 }
 
 // writeFile makes a new file, complete or not at all.
-func (t *buildTarget) writeFile(ctx context.Context, opts *blockdev.CreateOptions, write func(f *blockdev.File) error) error {
-	out, err := newFile(t.output, opts)
+func (t *buildTarget) writeFile(ctx context.Context, write func(f *blockdev.File) error) error {
+	out, err := newFile(t.output, &blockdev.CreateOptions{Stream: true})
 	if err != nil {
 		return err
 	}
