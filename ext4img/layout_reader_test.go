@@ -2,6 +2,7 @@ package ext4img_test
 
 import (
 	"bytes"
+	"errors"
 	"io"
 	"math/rand/v2"
 	"os"
@@ -76,6 +77,11 @@ func TestLayoutReader(t *testing.T) {
 		}
 		if data != sum {
 			t.Errorf("%d bytes of data, %d are written", data, sum)
+		}
+		for _, off := range []int64{-1, r.Size()} {
+			if e, err := r.NextExtent(off); !errors.Is(err, blockdev.ErrRange) {
+				t.Errorf("extent at %d: %+v, %v", off, e, err)
+			}
 		}
 		if n, err := r.ReadAt(make([]byte, 10), r.Size()-4); n != 4 || err != io.EOF {
 			t.Errorf("at the end: %d, %v", n, err)

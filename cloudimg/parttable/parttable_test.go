@@ -542,6 +542,14 @@ func TestDisk(t *testing.T) {
 	if string(want) != string(got[:64*mib]) {
 		t.Error("the disk reads otherwise")
 	}
+	for _, p := range spec.Partitions {
+		for off := p.Start - 2; off < p.Start+2; off++ {
+			b := make([]byte, 1)
+			if _, err := d.ReadAt(b, off); err != nil || b[0] != want[off] {
+				t.Errorf("byte %d: %v", off, err)
+			}
+		}
+	}
 	for off := int64(0); off < d.Size(); {
 		e, err := d.NextExtent(off)
 		if err != nil || e.Off != off || e.Len <= 0 || off+e.Len > d.Size() {

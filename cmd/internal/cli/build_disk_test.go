@@ -2,6 +2,7 @@ package cli_test
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"io"
 	"os"
@@ -169,7 +170,7 @@ const diskJSON = `{
     {"type": "esp", "label": "EFI system", "source": "esp", "fs-label": "esp", "fs-uuid": "12AB-34CD", "size": "40M"},
     {"type": "linux-root-x86-64", "number": 9, "label": "root", "source": "tree", "fs-label": "root",
      "fs-uuid": "11111111-2222-3333-4444-555555555555", "free": "10M", "owner": "0:0", "exclude": ["empty"]},
-    {"fs": "swap", "size": "16M", "fs-label": "swap"},
+    {"fs": "swap", "size": "16M", "fs-label": "swap", "fs-uuid": "77777777-2222-3333-4444-555555555555"},
     {"file": "image", "type": "0fc63daf-8483-4772-8e79-3d69d8477de4", "uuid": "99999999-2222-3333-4444-555555555555", "bootable": true},
     {"size": "1M"},
     {"fs": "fat32", "type": "ms-data", "source": "esp", "minimize": true}
@@ -178,7 +179,7 @@ const diskJSON = `{
 
 // TestBuildDisk makes a disk of several partitions, and has others judge each.
 func TestBuildDisk(t *testing.T) {
-	oracle.Require(t, "sfdisk", "sgdisk", "e2fsck", "fsck.fat", "mcopy", "blkid", "debugfs", "qemu-img")
+	oracle.Require(t, "sfdisk", "sgdisk", "e2fsck", "fsck.fat", "mcopy", "blkid", "mkswap", "debugfs", "qemu-img")
 	dir := t.TempDir()
 	t.Chdir(dir)
 	buildTree(t, "tree")
@@ -216,7 +217,7 @@ func TestBuildDisk(t *testing.T) {
 	for name, want := range map[string]string{
 		"esp":  "LABEL=\"ESP\" UUID=\"12AB-34CD\"",
 		"root": "LABEL=\"root\" UUID=\"11111111-2222-3333-4444-555555555555\"",
-		"swap": "LABEL=\"swap\" UUID=",
+		"swap": "LABEL=\"swap\" UUID=\"77777777-2222-3333-4444-555555555555\"",
 	} {
 		out := oracle.MustRun(t, "blkid", "-p", "-o", "full", name)
 		out = regexp.MustCompile(` (LABEL_FATBOOT|VERSION|BLOCK_SIZE|SEC_TYPE)="[^"]*"`).ReplaceAllString(out, "")
@@ -224,6 +225,12 @@ func TestBuildDisk(t *testing.T) {
 			t.Errorf("blkid says %s", out)
 		}
 	}
+	if b, err := os.ReadFile("esp"); err != nil || binary.LittleEndian.Uint32(b[28:]) != 2048 {
+		t.Errorf("the FAT does not say what lies before it: %v", err)
+	}
+	writeFile(t, "made", strings.Repeat("\x00", 16<<20))
+	oracle.MustRun(t, "mkswap", "-L", "swap", "-U", "77777777-2222-3333-4444-555555555555", "made")
+	sameContent(t, "made", "swap")
 	if out := oracle.MustRun(t, "debugfs", "-R", "ls /sub", "root"); strings.Contains(out, "empty") || !strings.Contains(out, "zeroes") {
 		t.Error(out)
 	}
