@@ -7,13 +7,17 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"qimg/cloudimg/fat"
 	"qimg/cloudimg/parttable"
 	"qimg/cmd/internal/term"
+	"qimg/ext4img"
 	"qimg/qcow2/blockdev"
 )
 
@@ -38,10 +42,9 @@ Of a partition, in the order on the disk:
 
   fs          ext4, fat, fat12, fat16, fat32, swap or none (default: fat for type esp,
               none without a source, else ext4)
-  source      the directory that ext4 and fat hold, from the place of the JSON file;
-              of ext4 any SOURCE but -
-  over        of ext4, a list of more sources, which lie over it
-  manifest, uid-map, gid-map  of ext4, lists, as the options
+  source      what ext4 and fat hold: any SOURCE but -, from the place of the JSON file
+  over        a list of more sources, which lie over it
+  exclude, manifest  lists, as the options
   file        in place of fs and source: a raw image, taken as it is
   size        of the partition, or "rest" for the last one of a disk with a size
               (default: what is needed, and free)
@@ -53,7 +56,8 @@ Of a partition, in the order on the disk:
   label, uuid of the partition, in a GPT
   bootable    true: marked for BIOSes
   fs-label, fs-uuid  of the file system; of fat a label and a serial as 1234-ABCD
-  owner, mode-mask, exclude, block-size, no-journal, reserved  of ext4, as the options`
+  owner, uid-map, gid-map, mode-mask, block-size, no-journal, reserved  of ext4, as the
+              options`
 
 // maxDiskFile bounds what is read of a JSON file.
 const maxDiskFile = 1 << 20
@@ -186,13 +190,13 @@ func (p *diskPart) check() error {
 		{p.Minimize, "minimize", tree},
 		{p.FSLabel != "", "fs-label", tree || p.FS == "swap"},
 		{p.FSUUID != "", "fs-uuid", tree || p.FS == "swap"},
-		{len(p.Over) > 0, "over", p.FS == "ext4"},
-		{len(p.Manifest) > 0, "manifest", p.FS == "ext4"},
+		{len(p.Over) > 0, "over", tree},
+		{len(p.Manifest) > 0, "manifest", tree},
 		{len(p.UIDMap) > 0, "uid-map", p.FS == "ext4"},
 		{len(p.GIDMap) > 0, "gid-map", p.FS == "ext4"},
 		{p.Owner != "", "owner", p.FS == "ext4"},
 		{p.ModeMask != "", "mode-mask", p.FS == "ext4"},
-		{len(p.Exclude) > 0, "exclude", p.FS == "ext4"},
+		{len(p.Exclude) > 0, "exclude", tree},
 		{p.BlockSize != "", "block-size", p.FS == "ext4"},
 		{p.NoJournal, "no-journal", p.FS == "ext4"},
 		{p.Reserved != "", "reserved", p.FS == "ext4"},
@@ -329,9 +333,9 @@ func parseAlign(s string) (int64, error) {
 	return align, err
 }
 
-// close closes the sources.
+// close closes the sources, trees before what they are of.
 func (d *partitionedDisk) close() {
-	for _, c := range d.closers {
+	for _, c := range slices.Backward(d.closers) {
 		c()
 	}
 }
@@ -419,6 +423,15 @@ func (d *partitionedDisk) imageContent(p *diskPart, part *parttable.Partition) (
 // ext4Content makes an ext4 file system, with the options that those of the
 // command are for a disk of one.
 func (d *partitionedDisk) ext4Content(ctx context.Context, p *diskPart, part *parttable.Partition) (*partContent, error) {
+	source, tree, layout, err := d.layout(ctx, d.ext4Options(p), p, part.Size)
+	if err != nil {
+		return nil, err
+	}
+	more := fmt.Sprintf(", %d entries, %s (free %s)", tree.Entries(), humanSize(uint64(tree.Bytes())), humanSize(uint64(layout.FreeBytes())))
+	return &partContent{&sourceReader{layout.Reader(), source.sourceError}, "ext4", more}, nil
+}
+
+func (d *partitionedDisk) ext4Options(p *diskPart) *buildOptions {
 	o := &buildOptions{
 		free: p.Free, minimize: p.Minimize, label: p.FSLabel, uuid: p.FSUUID, owner: p.Owner, modeMask: p.ModeMask,
 		exclude: p.Exclude, blockSize: p.BlockSize, noJournal: p.NoJournal, reserved: p.Reserved,
@@ -431,58 +444,93 @@ func (d *partitionedDisk) ext4Content(ctx context.Context, p *diskPart, part *pa
 	if o.reserved == "" {
 		o.reserved = "0"
 	}
-	fs := o.newDisk(d.target.output, append([]string{p.Source}, p.Over...)...)
-	if err := o.parse(fs, d.host.Getenv); err != nil {
-		return nil, err
-	}
-	fs.layout.Size = part.Size
-	fs.sizeHint = `Use "size": "%s" or more.`
-	d.closers = append(d.closers, fs.close)
-	tree, err := fs.scanTree(ctx, d.host, d.warn)
-	if err != nil {
-		return nil, fs.sourceError(err)
-	}
-	d.closers = append(d.closers, tree.Close)
-	layout, err := fs.newLayout(ctx, tree)
-	if err != nil {
-		return nil, fs.sourceError(err)
-	}
-	more := fmt.Sprintf(", %d entries, %s (free %s)", tree.Entries(), humanSize(uint64(tree.Bytes())), humanSize(uint64(layout.FreeBytes())))
-	return &partContent{&sourceReader{layout.Reader(), fs.sourceError}, "ext4", more}, nil
+	return o
 }
 
+// layout decides an ext4 file system of size bytes, or of the size that the options
+// say, of the sources of a partition.
+func (d *partitionedDisk) layout(ctx context.Context, o *buildOptions, p *diskPart, size int64) (*disk, *ext4img.Tree, *ext4img.Layout, error) {
+	source := o.newDisk(d.target.output, append([]string{p.Source}, p.Over...)...)
+	if err := o.parse(source, d.host.Getenv); err != nil {
+		return nil, nil, nil, err
+	}
+	source.layout.Size = size
+	source.sizeHint = `Use "size": "%s" or more.`
+	d.closers = append(d.closers, source.close)
+	tree, err := source.scanTree(ctx, d.host, d.warn)
+	if err != nil {
+		return nil, nil, nil, source.sourceError(err)
+	}
+	d.closers = append(d.closers, tree.Close)
+	layout, err := source.newLayout(ctx, tree)
+	if err != nil {
+		return nil, nil, nil, source.sourceError(err)
+	}
+	return source, tree, layout, nil
+}
+
+// fatContent makes a FAT file system. Its files are read from an ext4 one that
+// exists nowhere, so that both take the same sources.
 func (d *partitionedDisk) fatContent(ctx context.Context, p *diskPart, part *parttable.Partition) (*partContent, error) {
-	root, err := os.OpenRoot(p.Source)
+	o := d.ext4Options(p)
+	o.free, o.minimize, o.noJournal, o.label, o.uuid = "", true, true, "", ""
+	source, _, layout, err := d.layout(ctx, o, p, 0)
 	if err != nil {
 		return nil, err
 	}
-	d.closers = append(d.closers, root.Close)
-	opts := &fat.Options{Size: part.Size, Label: p.FSLabel}
-	if part.Start/512 <= 0xffffffff {
+	tree, err := newTreeFS(&sourceReader{layout.Reader(), func(err error) error { return &namedError{source.sourceError(err)} }})
+	if err != nil {
+		return nil, err
+	}
+	name := func(err error) error {
+		var named *namedError
+		if errors.As(err, &named) {
+			return named.error
+		}
+		return source.sourceError(err)
+	}
+	opts := &fat.Options{Size: part.Size, Label: p.FSLabel, MaxTime: source.scan.MaxTime}
+	if part.Start/512 <= math.MaxUint32 {
 		opts.Hidden = uint32(part.Start / 512)
 	}
 	fmt.Sscanf(p.FS, "fat%d", &opts.Bits)
-	if opts.MaxTime, err = sourceDateEpoch(d.host.Getenv); err != nil {
-		return nil, err
-	}
 	if p.FSUUID != "" {
 		if opts.Serial, err = parseSerial(p.FSUUID); err != nil {
 			return nil, err
 		}
 	}
-	source := &disk{source: p.Source}
-	volume, err := fat.New(ctx, root.FS(), opts)
+	volume, err := fat.New(ctx, tree, opts)
 	if err == nil && part.Size == 0 && !p.Minimize {
 		if opts.Free, err = freeSpace(p.Free, volume.Size()); err != nil {
 			return nil, err
 		}
-		volume, err = fat.New(ctx, root.FS(), opts)
+		volume, err = fat.New(ctx, tree, opts)
 	}
 	if err != nil {
-		return nil, source.sourceError(err)
+		return nil, name(err)
 	}
 	more := fmt.Sprintf(", %d entries, %s (free %s)", volume.Entries(), humanSize(uint64(volume.Bytes())), humanSize(uint64(volume.FreeBytes())))
-	return &partContent{&sourceReader{volume, source.sourceError}, fmt.Sprintf("fat%d", volume.Bits()), more}, nil
+	return &partContent{&sourceReader{volume, name}, fmt.Sprintf("fat%d", volume.Bits()), more}, nil
+}
+
+// namedError is an error that names its place as the user knows it.
+type namedError struct{ error }
+
+// treeFS is the tree of an ext4 file system that was made for its sake.
+type treeFS struct{ *ext4img.FS }
+
+func newTreeFS(dev blockdev.Reader) (treeFS, error) {
+	f, err := ext4img.Open(dev, nil)
+	return treeFS{f}, err
+}
+
+// ReadDir leaves out the directory that every ext4 has.
+func (t treeFS) ReadDir(name string) ([]fs.DirEntry, error) {
+	list, err := t.FS.ReadDir(name)
+	if name == "." {
+		list = slices.DeleteFunc(list, func(e fs.DirEntry) bool { return e.Name() == "lost+found" && e.IsDir() })
+	}
+	return list, err
 }
 
 // freeSpace is the free space of a file system that needs so many bytes.

@@ -246,6 +246,30 @@ func TestBuildDisk(t *testing.T) {
 	sameContent(t, "disk.raw", "again.raw", "third.raw")
 }
 
+// TestBuildDiskSources: FAT takes the sources that ext4 takes.
+func TestBuildDiskSources(t *testing.T) {
+	oracle.Require(t, "tar", "fsck.fat", "mdir")
+	t.Chdir(t.TempDir())
+	buildTree(t, "tree")
+	oracle.MustRun(t, "tar", "-C", "tree", "-czf", "tree.tar.gz", ".")
+	for i, source := range []string{"tree", "tree.tar.gz"} {
+		writeFile(t, "disk.json", fmt.Sprintf(`{"table": "mbr", "partitions": [{"fs": "fat", "source": %q, "minimize": true}]}`, source))
+		mustRun(t, "build", "--disk", "disk.json", fmt.Sprintf("%d.raw", i))
+	}
+	sameContent(t, "0.raw", "1.raw")
+	if err := os.MkdirAll("over/sub", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, "over/sub/new", "new")
+	writeFile(t, "disk.json", `{"partitions": [{"type": "esp", "source": "tree.tar.gz", "over": ["over"], "exclude": ["hello.txt"]}]}`)
+	mustRun(t, "build", "--disk", "disk.json", "over.raw")
+	extract(t, "over.raw", 1, "part")
+	oracle.MustRun(t, "fsck.fat", "-n", "part")
+	if out := oracle.MustRun(t, "mdir", "-/", "-b", "-i", "part", "::"); strings.Contains(out, "hello") || !strings.Contains(out, "sub/new") || strings.Contains(out, "lost") {
+		t.Error(out)
+	}
+}
+
 // TestBuildDiskRest: the last partition takes what is left of a disk with a size.
 func TestBuildDiskRest(t *testing.T) {
 	oracle.Require(t, "e2fsck", "fsck.fat")
