@@ -1,5 +1,8 @@
-// Package ext4img makes ext4 file systems from trees of files, without root,
-// without a mount and without any other program.
+// Package ext4img makes ext4 file systems from trees of files and reads ext2,
+// ext3 and ext4 file systems, without root, without a mount and without any
+// other program.
+//
+// # Building
 //
 // A build has three steps, and nothing is written before the last:
 //
@@ -28,6 +31,28 @@
 // The same tree and options give the same bytes: neither the clock, nor the
 // order of readdir, nor the number of workers has a say. UUID and hash seed are
 // derived from the tree unless given.
+//
+// # Reading
+//
+// Open reads a file system of any of the three kinds: an FS is an fs.FS, and
+// has what that lacks besides: names of any bytes, inodes, xattrs, extents.
+//
+//	revisions    0 and 1; blocks of 1 to 64 KiB; inodes of 128 bytes and more
+//	maps         extents, indirect blocks, inline data
+//	directories  linear, hashed with every hash but siphash, large_dir
+//	xattrs       in inodes, blocks and inodes of their own
+//	layout       64bit, flex_bg, meta_bg, bigalloc, sparse_super2, uninit_bg
+//	journal      replayed in memory: revoked and escaped blocks, checksums v1, v2 and
+//	             v3, fast commits; not one on another device
+//	checksums    verified wherever something is read; OpenOptions.IgnoreChecksums
+//	casefold     names are found by a simpler rule than the kernel's: FS.LookupIn
+//	encrypt      names and contents of encrypted files are ErrEncrypted
+//	others       a feature that has to be known for reading, and is not, is
+//	             refused by name
+//
+// What is damaged is an error where it is met, and the rest can be read. No
+// file system, however damaged, makes reading panic, go on without end, or
+// take memory that grows with what it claims.
 //
 // The format is specified by the kernel's Documentation/filesystems/ext4.
 package ext4img

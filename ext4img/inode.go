@@ -301,7 +301,7 @@ func parseInode(s *Superblock, ino Ino, b []byte, block int64) (*Inode, error) {
 	n.Atime = decodeTime(le.Uint32(b[0x8:]), extra(0x8c))
 	n.Ctime = decodeTime(le.Uint32(b[0xc:]), extra(0x84))
 	n.Mtime = decodeTime(le.Uint32(b[0x10:]), extra(0x88))
-	if 0x94 <= oldInodeSize+n.extraIsize {
+	if 0x94 <= oldInodeSize+n.extraIsize { // i_crtime_extra can lie behind the end
 		n.Crtime = decodeTime(extra(0x90), extra(0x94))
 	}
 	n.Version |= uint64(extra(0x98)) << 32
@@ -330,6 +330,62 @@ func parseInode(s *Superblock, ino Ino, b []byte, block int64) (*Inode, error) {
 		return nil, p.corrupt("i_size", "%d of a directory, and the file system has %d bytes", n.Size, s.BlocksCount*int64(s.BlockSize))
 	}
 	return n, nil
+}
+
+// put writes the inode over b, which has s.InodeSize bytes: what it was read
+// from, with the fields as they are now, and a new checksum. i_block and
+// xattrs are those of raw.
+func (n *Inode) put(s *Superblock, b []byte) {
+	le := binary.LittleEndian
+	copy(b, n.raw)
+	extra := func(off int, v uint32) {
+		if off+4 <= oldInodeSize+n.extraIsize {
+			le.PutUint32(b[off:], v)
+		}
+	}
+	putTime := func(off, extraOff int, t time.Time) {
+		le.PutUint32(b[off:], uint32(t.Unix()))
+		extra(extraOff, encodeExtraTime(t.Unix(), uint32(t.Nanosecond())))
+	}
+	le.PutUint16(b, n.Mode)
+	le.PutUint16(b[2:], uint16(n.UID))
+	le.PutUint16(b[0x78:], uint16(n.UID>>16))
+	le.PutUint16(b[0x18:], uint16(n.GID))
+	le.PutUint16(b[0x7a:], uint16(n.GID>>16))
+	le.PutUint16(b[0x1a:], n.Links)
+	le.PutUint32(b[0x20:], n.Flags)
+	le.PutUint32(b[0x64:], n.Generation)
+	le.PutUint32(b[0x68:], uint32(n.FileACL))
+	if s.Incompat&Incompat64bit != 0 {
+		le.PutUint16(b[0x76:], uint16(n.FileACL>>32))
+	}
+	le.PutUint32(b[0x14:], n.Dtime)
+	le.PutUint32(b[0x24:], uint32(n.Version))
+	extra(0x98, uint32(n.Version>>32))
+	if s.ROCompat&ROCompatProject != 0 {
+		extra(0x9c, n.ProjID)
+	}
+	putTime(0x8, 0x8c, n.Atime)
+	putTime(0xc, 0x84, n.Ctime)
+	putTime(0x10, 0x88, n.Mtime)
+	if 0x94 <= oldInodeSize+n.extraIsize {
+		putTime(0x90, 0x94, n.Crtime)
+	}
+	le.PutUint32(b[4:], uint32(n.Size))
+	if n.IsRegular() || n.IsDir() && s.Incompat&IncompatLargedir != 0 {
+		le.PutUint32(b[0x6c:], uint32(n.Size>>32))
+	}
+	blocks := n.Blocks
+	if n.Flags&hugeFileFl != 0 && s.ROCompat&ROCompatHugeFile != 0 {
+		blocks /= int64(s.BlockSize / 512)
+	}
+	le.PutUint32(b[0x1c:], uint32(blocks))
+	if s.ROCompat&ROCompatHugeFile != 0 {
+		le.PutUint16(b[0x74:], uint16(blocks>>32))
+	}
+	if s.hasCsum() {
+		putInodeChecksum(s, n.Ino, b)
+	}
 }
 
 // decodeTime is the time of a field and its *_extra field.

@@ -231,6 +231,43 @@ func (s *Superblock) check(p place, logBlock, logCluster uint32, size int64) err
 	return nil
 }
 
+// put writes the superblock over b, the bytes that it was read from: the
+// fields that can change in a file system that is edited, and the checksum.
+func (s *Superblock) put(b []byte) {
+	le := binary.LittleEndian
+	wide := func(lo, hi int, v int64) {
+		le.PutUint32(b[lo:], uint32(v))
+		if s.Incompat&Incompat64bit != 0 {
+			le.PutUint32(b[hi:], uint32(v>>32))
+		}
+	}
+	at := func(lo, hi int, t time.Time) {
+		le.PutUint32(b[lo:], uint32(t.Unix()))
+		b[hi] = byte(t.Unix() >> 32)
+	}
+	le.PutUint32(b, s.InodesCount)
+	wide(0x4, 0x150, s.BlocksCount)
+	wide(0x8, 0x154, s.RBlocksCount)
+	wide(0xc, 0x158, s.FreeBlocksCount)
+	le.PutUint32(b[0x10:], s.FreeInodesCount)
+	at(0x2c, 0x275, s.Mtime)
+	at(0x30, 0x274, s.Wtime)
+	at(0x40, 0x277, s.Lastcheck)
+	le.PutUint16(b[0x3a:], uint16(s.State))
+	if s.RevLevel > 0 {
+		le.PutUint32(b[0x5c:], uint32(s.Compat))
+		le.PutUint32(b[0x60:], uint32(s.Incompat))
+		le.PutUint32(b[0x64:], uint32(s.ROCompat))
+	}
+	copy(b[0x68:0x78], s.UUID[:])
+	le.PutUint16(b[0xce:], uint16(s.ReservedGDT))
+	le.PutUint32(b[0xe8:], uint32(s.LastOrphan))
+	le.PutUint32(b[0x248:], s.OverheadClusters)
+	if s.hasCsum() {
+		le.PutUint32(b[0x3fc:], crc32c(^uint32(0), b[:superblockSize-4]))
+	}
+}
+
 func b2i(b bool) int {
 	if b {
 		return 1
