@@ -1,6 +1,7 @@
 package ext4img
 
 import (
+	"fmt"
 	"io"
 	"sync"
 )
@@ -78,7 +79,10 @@ func (f *FS) block(n int64) ([]byte, error) {
 		if err := f.readBlocks(page, first); err != nil {
 			// Perhaps another block of the page is to blame.
 			page = make([]byte, bs)
-			return page, f.readBlocks(page, n)
+			if err := f.readBlocks(page, n); err != nil {
+				return nil, fmt.Errorf("ext4: block %d: %w", n, err)
+			}
+			return page, nil
 		}
 		f.cache.put(index, page)
 	}

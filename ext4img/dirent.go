@@ -335,7 +335,7 @@ func (f *FS) eachStoredEntry(n *Inode, yield func(Dirent, error) bool) {
 // the map that cannot be read. fn returns false to stop.
 func (f *FS) eachDirBlock(n *Inode, fn func(logical, block int64, b []byte, err error) bool) {
 	bs := int64(f.sb.BlockSize)
-	end := n.Size / bs // at most the blocks of the file system: parseInode
+	end := min(n.Size/bs, maxLogical) // at most the blocks of the file system: parseInode
 	for logical := int64(0); logical < end; {
 		m, err := f.mapping(n, logical)
 		if err != nil {

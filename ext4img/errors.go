@@ -41,7 +41,11 @@ type FormatError struct {
 
 func (e *FormatError) Error() string {
 	s := "ext4: " + e.Struct
-	if e.Ino != 0 {
+	switch {
+	case e.Ino == 0:
+	case e.Struct == "inode":
+		s += fmt.Sprintf(" %d", e.Ino)
+	default:
 		s += fmt.Sprintf(" of inode %d", e.Ino)
 	}
 	if e.Block >= 0 {

@@ -208,10 +208,9 @@ func (f *FS) applyFCRange(c *fastCommits, ino Ino, e extent, add bool) error {
 		if err != nil {
 			return err
 		}
-		if n.Flags&extentsFl == 0 {
-			return place{"fast commit", ino, -1}.corrupt("i_flags", "%#x, expected a file with extents", n.Flags)
-		}
-		for logical := int64(0); logical < maxLogical; {
+		// A file whose data lay in the inode has no map yet: its ranges come
+		// before the inode that says so.
+		for logical := int64(0); logical < maxLogical && n.Flags&inlineDataFl == 0; {
 			m, err := f.mapping(n, logical)
 			if err != nil {
 				return err

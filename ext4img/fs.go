@@ -12,7 +12,8 @@ import (
 // OpenOptions say how Open reads a file system. The zero value is the default.
 type OpenOptions struct {
 	// IgnoreChecksums reads structures whose checksums do not match. All else
-	// that is checked still is.
+	// that is checked still is, and so are the checksums of a journal that has
+	// to be replayed.
 	IgnoreChecksums bool
 	// IgnoreJournal leaves a journal that has to be replayed alone: what is
 	// read is what the blocks themselves hold, which need not be consistent.

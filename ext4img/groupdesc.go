@@ -272,10 +272,9 @@ func (f *FS) groupDesc(group int64) (groupDesc, error) {
 		return groupDesc{}, err
 	}
 	b = b[off : off+s.DescSize]
-	p := place{name: "descriptor of group " + itoa(group), block: block}
 	if s.ROCompat&(ROCompatGDTCsum|ROCompatMetadataCsum) != 0 && !f.ignoreChecksums {
 		if found, want := binary.LittleEndian.Uint16(b[0x1e:]), groupDescChecksum(s, b, group); found != want {
-			return groupDesc{}, p.checksum(uint32(found), uint32(want))
+			return groupDesc{}, descPlace(group, block).checksum(uint32(found), uint32(want))
 		}
 	}
 	d := parseGroupDesc(s, b)
@@ -288,10 +287,14 @@ func (f *FS) groupDesc(group int64) (groupDesc, error) {
 		{"bg_inode_table", d.inodeTable, s.inodeTableBlocks()},
 	} {
 		if part.start < s.FirstDataBlock || part.start == 0 || part.start > s.BlocksCount-part.n {
-			return groupDesc{}, p.corrupt(part.field, "%d, expected %d blocks inside of %d", part.start, part.n, s.BlocksCount)
+			return groupDesc{}, descPlace(group, block).corrupt(part.field, "%d, expected %d blocks inside of %d", part.start, part.n, s.BlocksCount)
 		}
 	}
 	return d, nil
+}
+
+func descPlace(group, block int64) place {
+	return place{"descriptor of group " + itoa(group), 0, block}
 }
 
 // inodeTableBlocks is the number of blocks of the inode table of a group.

@@ -359,6 +359,9 @@ func (f *FS) dxFind(n *Inode, name string) (*dirEntry, error) {
 		if err != nil {
 			return nil, err
 		}
+		if isDxBlock(b, logical) {
+			return nil, p.corrupt("block", "%d of a leaf is part of the index", logical)
+		}
 		d, err := findDirent(place{"directory block", n.Ino, block}, f.sb, b, name)
 		if d != nil || err != nil {
 			return d, err

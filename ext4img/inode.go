@@ -3,7 +3,6 @@ package ext4img
 import (
 	"bytes"
 	"encoding/binary"
-	"fmt"
 	"time"
 )
 
@@ -312,7 +311,7 @@ func parseInode(s *Superblock, ino Ino, b []byte, block int64) (*Inode, error) {
 	n.Size = int64(le.Uint32(b[4:]))
 	if n.IsRegular() || n.IsDir() && s.Incompat&IncompatLargedir != 0 {
 		size := uint64(n.Size) | uint64(le.Uint32(b[0x6c:]))<<32
-		if limit := uint64(s.BlockSize) << 32; size > limit && ino != resizeIno {
+		if limit := uint64(s.BlockSize) << 32; size > limit {
 			return nil, p.corrupt("i_size", "%d, expected at most %d", size, limit)
 		}
 		n.Size = int64(size)
@@ -473,7 +472,7 @@ func (f *FS) rawInode(ino Ino) (b []byte, block int64, err error) {
 	}
 	b, err = f.block(block)
 	if err != nil {
-		return nil, 0, fmt.Errorf("ext4: inode %d: %w", ino, err)
+		return nil, 0, err
 	}
 	b = b[off : off+f.sb.InodeSize]
 	if f.sb.hasCsum() && !f.ignoreChecksums {

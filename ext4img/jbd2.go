@@ -105,7 +105,7 @@ type journalSuper struct {
 
 // parseJournalSuper reads the superblock of a journal of that many blocks of
 // blockSize bytes. The log lies inside of it.
-func parseJournalSuper(p place, b []byte, blocks, blockSize int64, ignoreChecksum bool) (*journalSuper, error) {
+func parseJournalSuper(p place, b []byte, blocks, blockSize int64) (*journalSuper, error) {
 	be := binary.BigEndian
 	if m := be.Uint32(b); m != jbd2Magic {
 		return nil, p.corrupt("h_magic", "%s", hexNot(m, jbd2Magic))
@@ -140,7 +140,7 @@ func parseJournalSuper(p place, b []byte, blocks, blockSize int64, ignoreChecksu
 			return nil, p.unsupported("s_checksum_type", "%d, expected 4", t)
 		}
 		want := crc32c(crc32c(crc32c(^uint32(0), b[:0xfc]), make([]byte, 4)), b[0x100:superblockSize])
-		if found := be.Uint32(b[0xfc:]); found != want && !ignoreChecksum {
+		if found := be.Uint32(b[0xfc:]); found != want {
 			return nil, p.checksum(found, want)
 		}
 		j.csumSeed = crc32c(^uint32(0), j.uuid[:])

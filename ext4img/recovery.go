@@ -81,7 +81,7 @@ func (f *FS) openJournal(ino Ino) (*recovery, error) {
 	if err := readFull(log, b, 0); err != nil {
 		return nil, err
 	}
-	j, err := parseJournalSuper(p, b, n.Size/bs, bs, f.ignoreChecksums)
+	j, err := parseJournalSuper(p, b, n.Size/bs, bs)
 	if err != nil {
 		return nil, err
 	}
@@ -159,6 +159,9 @@ scan:
 				_, err := w.skip()
 				return err
 			})
+			if suspect && w.left < 0 {
+				break scan // its tags are no tags
+			}
 			if err != nil {
 				return err
 			}
@@ -212,7 +215,7 @@ func (r *recovery) replayTag(w *logWalk, t journalTag, sequence uint32, data []b
 	if err != nil {
 		return err
 	}
-	if !r.tagMatches(t, sequence, data) && !r.fs.ignoreChecksums {
+	if !r.tagMatches(t, sequence, data) {
 		return r.mismatch(fmt.Sprintf("the copy of block %d", t.block), sequence)
 	}
 	if t.block >= r.fs.sb.BlocksCount {

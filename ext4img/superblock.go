@@ -91,9 +91,6 @@ func parseSuperblock(b []byte, size int64, ignoreChecksum bool) (*Superblock, er
 		ROCompat: ROCompat(le.Uint32(b[0x64:])),
 		RevLevel: le.Uint32(b[0x4c:]),
 	}
-	if s.RevLevel == 0 {
-		s.Compat, s.Incompat, s.ROCompat = 0, 0, 0
-	}
 	if s.RevLevel > 1 {
 		return nil, p.unsupported("s_rev_level", "%d, expected 0 or 1", s.RevLevel)
 	}
@@ -254,11 +251,9 @@ func (s *Superblock) put(b []byte) {
 	at(0x30, 0x274, s.Wtime)
 	at(0x40, 0x277, s.Lastcheck)
 	le.PutUint16(b[0x3a:], uint16(s.State))
-	if s.RevLevel > 0 {
-		le.PutUint32(b[0x5c:], uint32(s.Compat))
-		le.PutUint32(b[0x60:], uint32(s.Incompat))
-		le.PutUint32(b[0x64:], uint32(s.ROCompat))
-	}
+	le.PutUint32(b[0x5c:], uint32(s.Compat))
+	le.PutUint32(b[0x60:], uint32(s.Incompat))
+	le.PutUint32(b[0x64:], uint32(s.ROCompat))
 	copy(b[0x68:0x78], s.UUID[:])
 	le.PutUint16(b[0xce:], uint16(s.ReservedGDT))
 	le.PutUint32(b[0xe8:], uint32(s.LastOrphan))
