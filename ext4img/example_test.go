@@ -3,6 +3,7 @@ package ext4img_test
 import (
 	"context"
 	"fmt"
+	"io/fs"
 	"log"
 	"os"
 	"path/filepath"
@@ -56,4 +57,60 @@ func Example() {
 	}
 	fmt.Println(tree.Entries(), "entries,", info.Size()>>20, "MiB")
 	// Output: 2 entries, 64 MiB
+}
+
+// A disk is read without a mount, as an io/fs and by inode.
+func ExampleOpen() {
+	ctx := context.Background()
+	dir, err := os.MkdirTemp("", "example")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	if err := os.WriteFile(filepath.Join(dir, "hello"), []byte("hello\n"), 0o640); err != nil {
+		log.Fatal(err)
+	}
+	if err := os.Symlink("/hello", filepath.Join(dir, "link")); err != nil {
+		log.Fatal(err)
+	}
+	tree, err := ext4img.Scan(ctx, dir, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer tree.Close()
+	layout, err := ext4img.NewLayout(ctx, tree, &ext4img.LayoutOptions{Label: "data"})
+	if err != nil {
+		log.Fatal(err)
+	}
+	disk := blockdev.NewMemory(layout.Size())
+	if err := layout.Write(ctx, disk, nil); err != nil {
+		log.Fatal(err)
+	}
+
+	f, err := ext4img.Open(disk, nil)
+	if err != nil {
+		log.Fatal(err) // *ext4img.FormatError: what is wrong, and where
+	}
+	fmt.Println("label", f.Super().Label)
+	content, err := fs.ReadFile(f, "link") // the symlink is followed inside the disk
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Printf("%s", content)
+	for e, err := range f.Walk(ext4img.RootIno) {
+		if err != nil {
+			log.Fatal(err)
+		}
+		n, err := f.Inode(e.Ino)
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Printf("%s %o\n", e.Path, n.Mode)
+	}
+	// Output:
+	// label data
+	// hello
+	// hello 100640
+	// link 120777
+	// lost+found 40700
 }
