@@ -331,7 +331,7 @@ func TestLargeDirectories(t *testing.T) {
 	}
 }
 
-// TestDirhash compares the hash with debugfs's for names of every length and
+// TestDirhash compares the hashes with debugfs's for names of every length and
 // bytes of every value.
 func TestDirhash(t *testing.T) {
 	oracle.Require(t, "debugfs")
@@ -343,6 +343,7 @@ func TestDirhash(t *testing.T) {
 	}
 	l := &Layout{tree: &Tree{}, uuid: UUID{1}}
 	l.identify(&LayoutOptions{UUID: UUID{1}, HashSeed: u})
+	versions := []string{"legacy", "half_md4", "tea"} // those of unsigned bytes: TestReadFeatures
 	var script strings.Builder
 	var names []string
 	for n := 1; n <= 255; n += 1 + n/40 {
@@ -352,7 +353,9 @@ func TestDirhash(t *testing.T) {
 			b[i] = set[r.IntN(len(set))]
 		}
 		names = append(names, string(b))
-		fmt.Fprintf(&script, "dx_hash -h half_md4 -s %s %s\n", seedText, b)
+		for _, v := range versions {
+			fmt.Fprintf(&script, "dx_hash -h %s -s %s %s\n", v, seedText, b)
+		}
 	}
 	file := filepath.Join(t.TempDir(), "script")
 	if err := os.WriteFile(file, []byte(script.String()), 0o600); err != nil {
@@ -371,13 +374,20 @@ func TestDirhash(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := dirhash([]byte(names[i]), &l.hashSeed); got != uint32(want) {
-			t.Errorf("%q: hash %#x, debugfs says %#x", names[i], got, want)
+		name, version := []byte(names[i/len(versions)]), i%len(versions)
+		if got, ok := dirhashVersion(version, name, &l.hashSeed); got != uint32(want) || !ok {
+			t.Errorf("%q: %s hash %#x, %v, debugfs says %#x", name, versions[version], got, ok, want)
+		}
+		if got := dirhash(name, &l.hashSeed); version == hashVersionHalfMD4 && got != uint32(want) {
+			t.Errorf("%q: hash %#x, debugfs says %#x", name, got, want)
 		}
 		i++
 	}
-	if i != len(names) {
-		t.Fatalf("debugfs hashed %d of %d names", i, len(names))
+	if i != len(names)*len(versions) {
+		t.Fatalf("debugfs made %d hashes of %d names", i, len(names))
+	}
+	if _, ok := dirhashVersion(6, []byte("siphash"), &l.hashSeed); ok {
+		t.Error("siphash is known")
 	}
 }
 

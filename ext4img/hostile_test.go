@@ -39,7 +39,7 @@ func explore(t testing.TB, f *FS) (files, failures int) {
 			note(err)
 		}
 	}
-	buf := make([]byte, 64<<10)
+	buf := make([]byte, 16<<10)
 	for ino := Ino(1); ino <= Ino(min(f.sb.InodesCount, 300)); ino++ {
 		n, err := f.Inode(ino)
 		note(err)
@@ -314,8 +314,11 @@ func eachMapBlock(f *FS, n *Inode, fn func(int64)) {
 		return
 	}
 	h, err := parseExtentHeader(place{}, b)
+	if err != nil || h.depth == 0 {
+		return
+	}
 	for i := range h.entries {
-		if _, child := parseIndex(b[extentHeaderLen+i*extentLen:]); err == nil && h.depth > 0 && child < f.sb.BlocksCount {
+		if _, child := parseIndex(b[extentHeaderLen+i*extentLen:]); child < f.sb.BlocksCount {
 			fn(child)
 		}
 	}
@@ -353,7 +356,7 @@ func fixChecksums(dev *blockdev.Memory) {
 	if !s.hasCsum() {
 		return
 	}
-	for ino := Ino(1); ino <= Ino(min(s.InodesCount, 200)); ino++ {
+	for ino := Ino(1); ino <= Ino(min(s.InodesCount, 800)); ino++ {
 		block, off, err := f.inodePlace(ino)
 		if err != nil {
 			continue

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"maps"
 	"strings"
+	"sync"
 	"testing"
 	"testing/fstest"
 
@@ -187,6 +188,24 @@ func TestIOFS(t *testing.T) {
 		same, _ := fs.ReadFile(f, want)
 		if err != nil || !bytes.Equal(got, same) {
 			t.Errorf("%s: %d bytes, %v", name, len(got), err)
+		}
+	}
+}
+
+// TestReadParallel reads one file system from many goroutines.
+func TestReadParallel(t *testing.T) {
+	image, _ := writeImage(t, scanFake(t, damageRoot(), 1, nil), &LayoutOptions{Size: 32 << 20}, nil)
+	f := openImage(t, image, nil)
+	want := readManifest(t, openImage(t, image, nil))
+	got := make([]manifest, 8)
+	var wg sync.WaitGroup
+	for i := range got {
+		wg.Go(func() { got[i] = readManifest(t, f) })
+	}
+	wg.Wait()
+	for _, m := range got {
+		if !maps.Equal(m, want) {
+			t.Error("goroutines read different things")
 		}
 	}
 }
