@@ -68,7 +68,9 @@ type Xattr struct {
 type File struct {
 	// Ino tells files apart. A file system without such numbers has the place of
 	// the content, or 0.
-	Ino      uint64
+	Ino uint64
+	// Dev tells file systems of the host apart; it is 0 in a guest.
+	Dev      uint64
 	Mode     uint16 // type and permissions, in the numbers of Linux
 	UID, GID uint32
 	Size     int64
@@ -81,6 +83,11 @@ type File struct {
 
 	own any // of the file system
 }
+
+// fileKey tells files apart that have a number.
+type fileKey struct{ dev, ino uint64 }
+
+func (f *File) key() fileKey { return fileKey{f.Dev, f.Ino} }
 
 // Type returns the type in the mode.
 func (f *File) Type() uint16 { return f.Mode & ModeType }

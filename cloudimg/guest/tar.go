@@ -40,7 +40,7 @@ func Tar(ctx context.Context, w io.Writer, fsys FS, from *File, name string, opt
 	if opts == nil {
 		opts = &TarOptions{}
 	}
-	t := &tarWriter{ctx: ctx, out: newAhead(w), fs: fsys, opts: opts, links: map[uint64]string{}}
+	t := &tarWriter{ctx: ctx, out: newAhead(w), fs: fsys, opts: opts, links: map[fileKey]string{}}
 	err := t.walk(from, name)
 	if e := t.out.close(err == nil); err == nil || errors.Is(err, errAhead) {
 		err = e
@@ -53,7 +53,7 @@ type tarWriter struct {
 	out   *ahead
 	fs    FS
 	opts  *TarOptions
-	links map[uint64]string // names of files that have more than one
+	links map[fileKey]string // names of files that have more than one
 }
 
 func (t *tarWriter) walk(from *File, name string) error {
@@ -122,11 +122,11 @@ func (h *tarHeader) record(key, value string) {
 func (t *tarWriter) entry(name string, n *Node) error {
 	h := &tarHeader{name: name, mode: n.Mode & 0o7777, uid: n.UID, gid: n.GID, mtime: n.Mtime}
 	if n.Links > 1 && !n.IsDir() && n.Ino != 0 {
-		if first, ok := t.links[n.Ino]; ok {
+		if first, ok := t.links[n.key()]; ok {
 			h.typ, h.link = '1', first
 			return t.header(h)
 		}
-		t.links[n.Ino] = name
+		t.links[n.key()] = name
 	}
 	var content Content
 	var err error
@@ -147,7 +147,7 @@ func (t *tarWriter) entry(name string, n *Node) error {
 	case ModeFifo:
 		h.typ = '6'
 	case ModeSocket:
-		delete(t.links, n.Ino)
+		delete(t.links, n.key())
 		if t.opts.Skipped != nil {
 			t.opts.Skipped(n.Path)
 		}
@@ -162,7 +162,7 @@ func (t *tarWriter) entry(name string, n *Node) error {
 		if content != nil {
 			content.Close()
 		}
-		delete(t.links, n.Ino)
+		delete(t.links, n.key())
 		return t.problem(n.Path, err)
 	}
 	if content == nil {

@@ -25,7 +25,7 @@ var errLoop = errors.New("the directory was met before, and is left out")
 // the walk has an end whatever the image holds.
 func Walk(ctx context.Context, fsys FS, from *File) iter.Seq2[*Node, error] {
 	return func(yield func(*Node, error) bool) {
-		w := &walker{ctx: ctx, fs: fsys, seen: map[uint64]bool{}, yield: yield}
+		w := &walker{ctx: ctx, fs: fsys, seen: map[fileKey]bool{}, yield: yield}
 		if yield(&Node{File: from}, nil) && from.IsDir() {
 			w.dir(from, "", 0)
 		}
@@ -35,7 +35,7 @@ func Walk(ctx context.Context, fsys FS, from *File) iter.Seq2[*Node, error] {
 type walker struct {
 	ctx   context.Context
 	fs    FS
-	seen  map[uint64]bool // directories
+	seen  map[fileKey]bool // directories
 	yield func(*Node, error) bool
 }
 
@@ -55,11 +55,11 @@ func (w *walker) dir(dir *File, path string, depth int) bool {
 	switch {
 	case depth == maxDepth:
 		return w.fail(path, fmt.Errorf("more than %d directories deep", maxDepth))
-	case dir.Ino != 0 && w.seen[dir.Ino]:
+	case dir.Ino != 0 && w.seen[dir.key()]:
 		return w.fail(path, errLoop)
 	}
 	if dir.Ino != 0 {
-		w.seen[dir.Ino] = true
+		w.seen[dir.key()] = true
 	}
 	prefix := path
 	if prefix != "" {

@@ -97,6 +97,7 @@ func newRoot(host Host) *cobra.Command {
 		newCommit(host),
 		newCompare(host),
 		newConvert(host),
+		newCp(host),
 		newCreate(host),
 		newDD(host),
 		newDump(host),

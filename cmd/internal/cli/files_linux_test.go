@@ -326,3 +326,100 @@ func TestTarKernel(t *testing.T) {
 		t.Errorf("%q", got)
 	}
 }
+
+// TestCpKernel copies a file system out, and compares that with the kernel's
+// mount.
+func TestCpKernel(t *testing.T) {
+	m := kernelImage(t, "-t", "ext4", "-O", "64bit,inline_data,ea_inode")
+	out := oracle.MountNew(t, "mkfs.ext4")
+	r := run(t, "cp", "-a", "--devices", m.image+":/", out)
+	if r.Code != 0 || r.Stderr != "qemu-img: warning: "+m.image+":/socket: a socket is left out\n" {
+		t.Fatalf("%+v", r)
+	}
+	want := described(t, m.dir)
+	if diff := cmp.Diff(want, described(t, out)); diff != "" {
+		t.Errorf("-mount +copied\n%s", diff)
+	}
+	// Once more over what is there: files are replaced, and end the same.
+	writeFile(t, filepath.Join(out, "content"), "other")
+	oracle.MustRun(t, "ln", "-sfn", "content", filepath.Join(out, "hard-1"))
+	mustRun(t, "cp", "-a", "--devices", m.image+":/hard-1", m.image+":/content", m.image+":/null", m.image+":/names", out)
+	oracle.MustRun(t, "ln", "-f", filepath.Join(out, "hard-1"), filepath.Join(out, "deep/hard-2"))
+	oracle.MustRun(t, "touch", "-r", filepath.Join(m.dir, "deep"), filepath.Join(out, "deep"))
+	if diff := cmp.Diff(want, described(t, out)); diff != "" {
+		t.Errorf("again: -mount +copied\n%s", diff)
+	}
+
+	// Without -a files are the user's, and no program gets rights of others.
+	dir := t.TempDir()
+	if r := run(t, "cp", "-r", m.image+":/", filepath.Join(dir, "new")); r.Code != 0 || !strings.Contains(r.Stderr, "a device is left out") {
+		t.Fatalf("%+v", r)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Join(dir, "new/setuid"), &st); err != nil || st.Mode&0o7777 != 0o755 || st.Uid != 0 || st.Mtim.Nsec != 123_456_789 {
+		t.Errorf("%+v, %v", st, err)
+	}
+	// A file, under its name, another name, by a symlink, and to a pipe.
+	t.Chdir(dir)
+	mustRun(t, "cp", m.image+":/content", m.image+":/absolute-link", ".")
+	mustRun(t, "cp", m.image+":/etc/hostname", "other")
+	if got := mustRun(t, "cp", m.image+":/etc/hostname", "-"); got != "guest\n" {
+		t.Errorf("%q", got)
+	}
+	for _, name := range []string{"other", "absolute-link"} {
+		if b, err := os.ReadFile(name); string(b) != "guest\n" {
+			t.Errorf("%s: %q, %v", name, b, err)
+		}
+	}
+	if r := run(t, "cp", m.image+":/etc", "."); r.Code != 1 || !strings.Contains(r.Stderr, "is a directory, which is copied with -r") {
+		t.Errorf("%+v", r)
+	}
+}
+
+// TestCpStays copies trees over symlinks that lead out of the destination.
+func TestCpStays(t *testing.T) {
+	oracle.Require(t, "mke2fs", "debugfs")
+	dir := t.TempDir()
+	t.Chdir(dir)
+	if err := os.MkdirAll("src/a/b", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, "src/a/b/file", "from the image")
+	writeFile(t, "src/link", "from the image")
+	mustRun(t, "build", "-q", "src", "fs.img")
+	for _, d := range []string{"outside", "dst"} {
+		if err := os.Mkdir(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	writeFile(t, "outside/file", "mine")
+	for link, target := range map[string]string{"dst/a": "../outside", "dst/link": "../outside/file"} {
+		if err := os.Symlink(target, link); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r := run(t, "cp", "-r", "fs.img:/", "dst")
+	if r.Code != 1 || !strings.Contains(r.Stderr, "fs.img:/a: open a: not a directory") {
+		t.Errorf("%+v", r)
+	}
+	if b, err := os.ReadFile("outside/file"); string(b) != "mine" {
+		t.Errorf("%q, %v", b, err)
+	}
+	if list, err := os.ReadDir("outside"); len(list) != 1 {
+		t.Errorf("%v, %v", list, err)
+	}
+	if b, err := os.ReadFile("dst/link"); string(b) != "from the image" {
+		t.Errorf("%q, %v", b, err)
+	}
+	// A name that is a path, which only a damaged directory holds.
+	image, err := os.ReadFile("fs.img")
+	if err != nil {
+		t.Fatal(err)
+	}
+	hostile := strings.ReplaceAll(string(image), "link", "../x")
+	writeFile(t, "hostile.img", hostile)
+	r = run(t, "cp", "-r", "hostile.img:/", "dst")
+	if _, err := os.Lstat("x"); r.Code != 1 || !os.IsNotExist(err) {
+		t.Errorf("%+v, %v", r, err)
+	}
+}

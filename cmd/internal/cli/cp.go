@@ -1,0 +1,166 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"qimg/cloudimg/guest"
+)
+
+type cpOptions struct {
+	open      openOptions
+	recursive bool
+	archive   bool
+	devices   bool
+}
+
+func newCp(host Host) *cobra.Command {
+	o := cpOptions{}
+	cmd := &cobra.Command{
+		Use:   "cp [-r] [-a] [--devices] SOURCE... DESTINATION",
+		Short: "Copy files out of images",
+		Long: "Copy files out of images. If DESTINATION is a directory it gets the files under\n" +
+			"their names; a SOURCE that is the root directory, or ends in \"/.\", is what lies in\n" +
+			"it. - as DESTINATION is standard output.\n\n" +
+			"Kept are contents with their holes, permissions, times, and with -r symlinks and\n" +
+			"hard links; with -a owners (as root), setuid bits, extended attributes and ACLs,\n" +
+			"too. Symlinks that are named are followed unless -r or -a is given. Nothing outside\n" +
+			"of DESTINATION is written, whatever the image holds. Each file is complete or not\n" +
+			"there.\n\n" + placeHelp,
+		Example: "  qimg cp disk.qcow2:/etc/hosts .\n" +
+			"  qimg cp -a disk.qcow2@before:/home backup\n" +
+			"  qimg cp disk.qcow2:/var/log/syslog - | tail",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return runCp(cmd.Context(), host, &o, args)
+		},
+	}
+	f := cmd.Flags()
+	f.SortFlags = false
+	f.BoolVarP(&o.recursive, "recursive", "r", false, "copy directories with all below")
+	f.BoolVarP(&o.archive, "archive", "a", false, "as -r, and keep owners, setuid bits, extended attributes and ACLs")
+	f.BoolVar(&o.devices, "devices", false, "make device nodes, which needs root")
+	o.open.addPlaceFlags(f, host)
+	return cmd
+}
+
+// endpoint is a source or the destination of a copy.
+type endpoint struct {
+	place        // in an image
+	host  string // "": in an image; - is standard input or output
+}
+
+// endpoint reads an argument.
+func (o *cpOptions) endpoint(arg string) endpoint {
+	if arg == "-" {
+		return endpoint{host: arg}
+	}
+	if p, ok := parsePlace(arg, o.open.imageOpts); ok {
+		return endpoint{place: p}
+	}
+	return endpoint{host: arg}
+}
+
+func runCp(ctx context.Context, host Host, o *cpOptions, args []string) error {
+	if len(args) < 2 {
+		return usagef("Expecting a source and a destination")
+	}
+	o.recursive = o.recursive || o.archive
+	var sources []endpoint
+	for _, arg := range args[:len(args)-1] {
+		sources = append(sources, o.endpoint(arg))
+	}
+	to := o.endpoint(args[len(args)-1])
+	for _, s := range sources {
+		if s.host != "" && to.host != "" {
+			return notAPlace(s.host)
+		}
+	}
+	c := &copying{ctx: ctx, o: o, bad: problems{host: host}, images: &places{open: &o.open}}
+	defer c.images.close()
+	if to.host == "" {
+		return usagef("'%s' is in an image, and files are copied out of images only", printable(to.arg))
+	}
+	if err := c.out(sources, to.host); err != nil {
+		return err
+	}
+	return c.bad.err()
+}
+
+// copying is what cp does.
+type copying struct {
+	ctx    context.Context
+	o      *cpOptions
+	bad    problems
+	images *places
+}
+
+// out copies files out of images.
+func (c *copying) out(sources []endpoint, to string) error {
+	if to == "-" {
+		for i := range sources {
+			if err := catFile(c.ctx, c.bad.host.Out, c.images, sources[i].arg); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	info, err := os.Stat(to)
+	isDir := err == nil && info.IsDir()
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if len(sources) > 1 && !isDir {
+		return fmt.Errorf("%s: not a directory", printable(to))
+	}
+	for i := range sources {
+		if err := c.outOne(&sources[i].place, to, isDir); err != nil {
+			if c.ctx.Err() != nil {
+				return c.ctx.Err()
+			}
+			c.bad.add(err)
+		}
+	}
+	return nil
+}
+
+// outOne copies a file, or a directory with all below.
+func (c *copying) outOne(p *place, to string, isDir bool) error {
+	fsys, f, err := c.images.file(c.ctx, p, !c.o.recursive)
+	if err != nil {
+		return err
+	}
+	if f.IsDir() && !c.o.recursive {
+		return p.error("", errors.New("is a directory, which is copied with -r"))
+	}
+	name := path.Base(p.path)
+	content := f.IsDir() && (path.Clean(p.path) == "/" || strings.HasSuffix(p.path, "/."))
+	dir := to
+	switch {
+	case isDir && content:
+		name = "."
+	case !isDir:
+		dir, name = filepath.Split(filepath.Clean(to))
+		if dir == "" {
+			dir = "."
+		}
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	return p.wrap(guest.Extract(c.ctx, root, name, fsys, f, &guest.ExtractOptions{
+		Archive: c.o.archive,
+		Devices: c.o.devices,
+		Problem: func(path string, err error) { c.bad.add(p.error(path, err)) },
+		Skipped: func(path, why string) { c.bad.host.warn("%s: %s", printable(p.join(path)), why) },
+	}))
+}
