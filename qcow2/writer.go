@@ -22,7 +22,8 @@ type WriterOptions struct {
 	// see Writer.
 	Compress bool
 	// CompressionLevel is 1 for the fastest to MaxCompressionLevel for the
-	// smallest clusters; 0 is the default, fast for what it saves.
+	// smallest clusters; 0 is the default, fast for what it saves. Levels 8 and 9
+	// of zstd take 34 MiB for each processor.
 	CompressionLevel int
 	// Extents are the guest ranges that will be written, as offset and length
 	// in bytes: ascending, not overlapping, inside the image. They are rounded

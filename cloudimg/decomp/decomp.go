@@ -15,6 +15,9 @@
 //	xz     dictionaries of up to 64 MiB, of all blocks that are decoded at a time
 //	zstd   windows of up to 64 MiB, for inputs of 16 MiB and more 128 MiB
 //
+// A dictionary of 64 MiB can be followed by that of the next block before the first
+// is collected.
+//
 // Of xz the filters besides LZMA2 are not known, of zstd dictionaries.
 package decomp
 
