@@ -7,6 +7,7 @@ import (
 
 	"qimg/qcow2"
 	"qimg/qcow2/blockdev/blocktest"
+	"qimg/qcow2/blockdev/oracle"
 )
 
 // amendOp is a change of the options or the size of a fixture.
@@ -70,7 +71,7 @@ func TestCrashAmend(t *testing.T) {
 		t.Run(v.name, func(t *testing.T) {
 			f := newFixture(t, v)
 			for i, op := range amendOps() {
-				if ((vi+i)%4 != 0 || qcow2.SlowBuild && vi%4 != 0) && !*crashLong {
+				if ((vi+i)%4 != 0 || oracle.SlowBuild && vi%4 != 0) && !*crashLong {
 					continue
 				}
 				t.Run(op.name, func(t *testing.T) {
@@ -102,7 +103,7 @@ func TestFaultsAmend(t *testing.T) {
 	}
 	for vi, v := range variants() {
 		for i, op := range amendOps() {
-			if op.refused(v) || ((vi+i)%7 != 0 || qcow2.SlowBuild && vi%4 != 0) && !*crashLong {
+			if op.refused(v) || ((vi+i)%7 != 0 || oracle.SlowBuild && vi%4 != 0) && !*crashLong {
 				continue
 			}
 			t.Run(v.name+", "+op.name, func(t *testing.T) {

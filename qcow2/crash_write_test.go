@@ -14,6 +14,7 @@ import (
 	"qimg/qcow2"
 	"qimg/qcow2/blockdev"
 	"qimg/qcow2/blockdev/blocktest"
+	"qimg/qcow2/blockdev/oracle"
 )
 
 // A long run looks at every sequence of two operations, and at all states of
@@ -322,7 +323,7 @@ func TestCrashSequences(t *testing.T) {
 	two, share := one, 100 // of the sequences one in so many is run
 	if *crashLong {
 		one, two, share = nil, &blocktest.CrashOptions{Subsets: 32, Tears: 2}, 1
-	} else if qcow2.SlowBuild {
+	} else if oracle.SlowBuild {
 		share = 1000
 	}
 	states, faults, all := 0, 0, true
@@ -341,7 +342,7 @@ func TestCrashSequences(t *testing.T) {
 			}
 			n := vi
 			for _, a := range ops {
-				if n++; n%min(share, 4) == 0 && (!qcow2.SlowBuild || n%16 == 0) {
+				if n++; n%min(share, 4) == 0 && (!oracle.SlowBuild || n%16 == 0) {
 					run(a.name, one, func(tr *qcow2.Trial) { a.run(tr, f.c, 1); tr.Sync() })
 				}
 				for _, b := range ops {
@@ -363,7 +364,7 @@ func TestCrashSequences(t *testing.T) {
 		})
 	}
 	t.Logf("%d states, %d faults while one was repaired", states, faults)
-	if !t.Failed() && all && !qcow2.SlowBuild && (states < 5000 || faults < 200) {
+	if !t.Failed() && all && !oracle.SlowBuild && (states < 5000 || faults < 200) {
 		t.Errorf("%d states, %d faults while one was repaired; expected 5000 and 200 at least", states, faults)
 	}
 }
@@ -374,6 +375,8 @@ func TestCrashGrowth(t *testing.T) {
 	opts := &blocktest.CrashOptions{Subsets: 32, Tears: 2}
 	if *crashLong {
 		opts = nil
+	} else if oracle.SlowBuild {
+		opts.Subsets = 4
 	}
 	for _, format := range []qcow2.FormatOptions{
 		{ClusterSize: 512, RefcountBits: 64},

@@ -140,7 +140,7 @@ func TestZooWrite(t *testing.T) {
 	oracle.Require(t, "qemu-img", "qemu-io", "cp")
 	seen, written := 0, 0
 	zoo(t, func(t *testing.T, path string, want expected) {
-		if seen++; qcow2.SlowBuild && seen%4 != 0 {
+		if seen++; oracle.SlowBuild && seen%4 != 0 {
 			return
 		}
 		if !want.OpenOK || want.Secret != "" || *want.Size == 0 || *want.CheckRC == 2 {
@@ -197,7 +197,7 @@ func TestZooWrite(t *testing.T) {
 			}
 		}
 	})
-	if written < 90 && !qcow2.SlowBuild && !t.Failed() {
+	if written < 90 && !oracle.SlowBuild && !t.Failed() {
 		t.Errorf("%d images were written to, expected 90 at least", written)
 	}
 }

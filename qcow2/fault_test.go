@@ -4,6 +4,7 @@ import (
 	"testing"
 
 	"qimg/qcow2"
+	"qimg/qcow2/blockdev/oracle"
 )
 
 // TestFaults lets one call of the device after the other fail while the guest
@@ -18,8 +19,8 @@ func TestFaults(t *testing.T) {
 			}
 			if *crashLong {
 				step = 1
-			} else if qcow2.SlowBuild {
-				step *= 7
+			} else if oracle.SlowBuild {
+				step *= 20
 			}
 			f := newFixture(t, v)
 			runs += qcow2.TrialFaults(t, f.dev, &qcow2.TrialOptions{Open: f.open, Data: f.data}, step, func(tr *qcow2.Trial) {

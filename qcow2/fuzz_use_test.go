@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"qimg/qcow2/blockdev"
+	"qimg/qcow2/blockdev/oracle"
 )
 
 // Use is what the library has used in a fuzz test: bytes allocated and processor time.
@@ -28,7 +29,7 @@ func (u *Use) Of(f func()) {
 func (u *Use) Bounded(t *testing.T, dev blockdev.Reader, n int) {
 	t.Helper()
 	limit := time.Second
-	if SlowBuild {
+	if oracle.SlowBuild {
 		limit *= 10
 	}
 	if u.time > limit {

@@ -9,6 +9,7 @@ import (
 	"qimg/qcow2"
 	"qimg/qcow2/blockdev"
 	"qimg/qcow2/blockdev/blocktest"
+	"qimg/qcow2/blockdev/oracle"
 )
 
 // damaged is an image and the places of its tables.
@@ -78,7 +79,7 @@ func TestCrashRepair(t *testing.T) {
 	}
 	states, faults := 0, 0
 	for vi, v := range variants() {
-		if v.data || vi%5 != 0 && !*crashLong || qcow2.SlowBuild && vi > 0 {
+		if v.data || vi%5 != 0 && !*crashLong || oracle.SlowBuild && vi > 0 {
 			continue
 		}
 		f := newFixture(t, v)

@@ -10,6 +10,7 @@ import (
 	"qimg/qcow2"
 	"qimg/qcow2/blockdev"
 	"qimg/qcow2/blockdev/blocktest"
+	"qimg/qcow2/blockdev/oracle"
 )
 
 // snapshotWork changes snapshots in every way, with guest writes between.
@@ -74,7 +75,7 @@ func snapshotWork(tr *qcow2.Trial, v variant, c int64) {
 func TestCrashSnapshots(t *testing.T) {
 	states := 0
 	for vi, v := range variants() {
-		if qcow2.SlowBuild && vi%4 != 0 {
+		if oracle.SlowBuild && vi%10 != 0 {
 			continue
 		}
 		t.Run(v.name, func(t *testing.T) {
@@ -124,6 +125,8 @@ func TestFaultsSnapshots(t *testing.T) {
 			step := 29
 			if *crashLong {
 				step = 1
+			} else if oracle.SlowBuild {
+				step *= 8
 			}
 			runs += qcow2.TrialFaults(t, f.dev, &qcow2.TrialOptions{Open: f.open}, step, func(tr *qcow2.Trial) { snapshotWork(tr, v, f.c) })
 		})

@@ -194,7 +194,7 @@ func TestWriter(t *testing.T) {
 				if mode == "zstd" {
 					opts.Compression = qcow2.CompressionZstd
 				}
-				if qcow2.SlowBuild && clusterSize > 4096 && format.RefcountBits != 16 && !format.ExtendedL2 {
+				if oracle.SlowBuild && clusterSize > 4096 && format.RefcountBits != 16 && !format.ExtendedL2 {
 					continue
 				}
 				if clusterSize > 512 && (format.RefcountBits == 2 || format.RefcountBits == 4) {

@@ -313,7 +313,7 @@ func TestAmendZoo(t *testing.T) {
 		})
 	}
 	t.Logf("%d accepted, %d refused", accepted, refused)
-	if accepted < 60 || refused < 10 {
+	if !oracle.SlowBuild && (accepted < 60 || refused < 10) {
 		t.Error("few images")
 	}
 }

@@ -165,7 +165,7 @@ func TestBitmapZoo(t *testing.T) {
 			added++
 		}
 	}
-	if added < 50 {
+	if added < 50 && !oracle.SlowBuild {
 		t.Errorf("only %d images have a bitmap more", added)
 	}
 }

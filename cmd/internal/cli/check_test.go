@@ -54,7 +54,7 @@ func TestCheckZoo(t *testing.T) {
 		}
 	}
 	for _, code := range []int{0, 1, 2, 3} {
-		if codes[code] == 0 {
+		if codes[code] == 0 && !oracle.SlowBuild {
 			t.Errorf("no image has exit status %d", code)
 		}
 	}

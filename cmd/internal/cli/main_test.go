@@ -45,7 +45,8 @@ func mustRun(t testing.TB, args ...string) string {
 	return r.Stdout
 }
 
-// zoo changes to the folder of images made by QEMU and lists them.
+// zoo changes to the folder of images made by QEMU and lists them, in a slow
+// build some of them.
 func zoo(t *testing.T) []string {
 	t.Helper()
 	oracle.Require(t, "qemu-img")
@@ -54,7 +55,14 @@ func zoo(t *testing.T) []string {
 	if err != nil || len(files) < 138 {
 		t.Fatalf("%d images, %v", len(files), err)
 	}
-	return files
+	if !oracle.SlowBuild {
+		return files
+	}
+	var some []string
+	for i := 0; i < len(files); i += 4 {
+		some = append(some, files[i])
+	}
+	return some
 }
 
 // same compares what qimg and qemu-img do with the same arguments.

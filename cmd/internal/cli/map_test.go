@@ -35,7 +35,7 @@ func TestMapZoo(t *testing.T) {
 			}
 		}
 	}
-	if failed < 20 {
+	if failed < 20 && !oracle.SlowBuild {
 		t.Errorf("%d maps failed, expected more", failed)
 	}
 }

@@ -1,5 +1,5 @@
 //go:build !race && !386
 
-package qcow2
+package oracle
 
 const SlowBuild = false
