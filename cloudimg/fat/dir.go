@@ -21,15 +21,15 @@ func (v *Volume) encodeDir(dir *node) []byte {
 	b := make([]byte, 0, v.dirSize(dir))
 	if dir.parent == nil {
 		if v.hasLabel() {
-			b = appendEntry(b, v.label, attrLabel, dir.mod, 0, 0)
+			b = appendEntry(b, v.label, attrLabel, dir, 0, 0)
 		}
 	} else {
 		parent := dir.parent.cluster
 		if dir.parent.parent == nil {
 			parent = 0 // the root, also of a FAT32
 		}
-		b = appendEntry(b, join83(".", ""), attrDir, dir.mod, dir.cluster, 0)
-		b = appendEntry(b, join83("..", ""), attrDir, dir.parent.mod, parent, 0)
+		b = appendEntry(b, join83(".", ""), attrDir, dir, dir.cluster, 0)
+		b = appendEntry(b, join83("..", ""), attrDir, dir.parent, parent, 0)
 	}
 	for _, n := range dir.entries {
 		if !n.whole {
@@ -39,23 +39,22 @@ func (v *Volume) encodeDir(dir *node) []byte {
 		if n.dir {
 			attr = attrDir
 		}
-		b = appendEntry(b, n.short, attr, n.mod, n.cluster, n.size)
+		b = appendEntry(b, n.short, attr, n, n.cluster, n.size)
 	}
 	return b
 }
 
-// appendEntry appends an entry of 32 bytes.
-func appendEntry(b []byte, short [11]byte, attr byte, mod time.Time, cluster, size int64) []byte {
-	date, clock := dosTime(mod)
+// appendEntry appends an entry of 32 bytes, with the times of n.
+func appendEntry(b []byte, short [11]byte, attr byte, n *node, cluster, size int64) []byte {
 	le := binary.LittleEndian
 	b = append(b, short[:]...)
 	b = append(b, attr, 0, 0)
-	b = le.AppendUint16(b, clock) // created
-	b = le.AppendUint16(b, date)
-	b = le.AppendUint16(b, date) // accessed
+	b = le.AppendUint16(b, n.clock) // created
+	b = le.AppendUint16(b, n.date)
+	b = le.AppendUint16(b, n.date) // accessed
 	b = le.AppendUint16(b, uint16(cluster>>16))
-	b = le.AppendUint16(b, clock) // written
-	b = le.AppendUint16(b, date)
+	b = le.AppendUint16(b, n.clock) // written
+	b = le.AppendUint16(b, n.date)
 	b = le.AppendUint16(b, uint16(cluster))
 	return le.AppendUint32(b, uint32(size))
 }

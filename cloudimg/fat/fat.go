@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io/fs"
 	"math"
-	"path"
 	"slices"
 	"strings"
 	"time"
@@ -19,7 +18,7 @@ import (
 const (
 	maxFileSize = math.MaxUint32
 	maxDirSize  = 65536 * 32 // what all programs read
-	maxEntries  = 1 << 17    // of the whole tree; bounds memory
+	maxEntries  = 1 << 16    // of the whole tree; bounds memory
 	maxDepth    = 100        // directories below each other
 )
 
@@ -80,17 +79,28 @@ type object struct {
 
 // node is a file or directory of the tree.
 type node struct {
-	path    string // in fsys
 	name    string
 	dir     bool
 	size    int64
-	seen    time.Time // its time of modification
-	mod     time.Time // what is stored of it
-	entries []*node   // of a directory, by name
+	seen    int64  // its time of modification, in nanoseconds since 1970
+	date    uint16 // what is stored of it
+	clock   uint16
+	entries []*node // of a directory, by name
 	parent  *node
 	short   [11]byte
 	whole   bool  // short says all
 	cluster int64 // first; 0: none, or the root
+}
+
+// path returns the name of a node in the tree.
+func (n *node) path() string {
+	switch {
+	case n.parent == nil:
+		return "."
+	case n.parent.parent == nil:
+		return n.name
+	}
+	return n.parent.path() + "/" + n.name
 }
 
 // slots returns how many entries of 32 bytes a file takes in its directory.
@@ -161,16 +171,17 @@ func (s *scanner) scan() (*node, error) {
 	if err != nil {
 		return nil, err
 	}
-	root := &node{path: ".", dir: true, mod: s.time(info.ModTime())}
+	root := &node{dir: true}
+	root.date, root.clock = dosTime(s.time(info.ModTime()))
 	s.all = append(s.all, root)
 	return root, s.readDir(root, 1)
 }
 
 func (s *scanner) readDir(dir *node, depth int) error {
 	if depth > maxDepth {
-		return pathError(dir.path, fmt.Errorf("more than %d directories below each other", maxDepth))
+		return pathError(dir.path(), fmt.Errorf("more than %d directories below each other", maxDepth))
 	}
-	list, err := fs.ReadDir(s.fsys, dir.path)
+	list, err := fs.ReadDir(s.fsys, dir.path())
 	if err != nil {
 		return err
 	}
@@ -186,14 +197,14 @@ func (s *scanner) readDir(dir *node, depth int) error {
 		}
 		key := strings.ToUpper(n.name)
 		if other, ok := folded[key]; ok {
-			return pathError(n.path, fmt.Errorf("FAT cannot tell the name from that of %s", other))
+			return pathError(n.path(), fmt.Errorf("FAT cannot tell the name from that of %s", other))
 		}
 		folded[key] = n.name
 		dir.entries = append(dir.entries, n)
 		s.all = append(s.all, n)
 		s.bytes += n.size
 		if len(s.all) > maxEntries {
-			return pathError(n.path, fmt.Errorf("more than %d files", maxEntries))
+			return pathError(n.path(), fmt.Errorf("more than %d files", maxEntries))
 		}
 	}
 	if err := shorten(dir); err != nil {
@@ -215,9 +226,9 @@ func pathError(path string, err error) error {
 
 // entry reads what is known of a file besides its content.
 func (s *scanner) entry(dir *node, e fs.DirEntry) (*node, error) {
-	n := &node{path: path.Join(dir.path, e.Name()), name: e.Name(), parent: dir}
+	n := &node{name: e.Name(), parent: dir}
 	if err := checkName(n.name); err != nil {
-		return nil, pathError(n.path, err)
+		return nil, pathError(n.path(), err)
 	}
 	info, err := e.Info()
 	switch {
@@ -226,13 +237,14 @@ func (s *scanner) entry(dir *node, e fs.DirEntry) (*node, error) {
 	case info.IsDir():
 		n.dir = true
 	case !info.Mode().IsRegular():
-		return nil, pathError(n.path, fmt.Errorf("FAT holds files and directories only, this is of type %v", info.Mode().Type()))
+		return nil, pathError(n.path(), fmt.Errorf("FAT holds files and directories only, this is of type %v", info.Mode().Type()))
 	case info.Size() > maxFileSize:
-		return nil, pathError(n.path, fmt.Errorf("%d bytes are too many for FAT, which has %d for a file", info.Size(), int64(maxFileSize)))
+		return nil, pathError(n.path(), fmt.Errorf("%d bytes are too many for FAT, which has %d for a file", info.Size(), int64(maxFileSize)))
 	default:
 		n.size = info.Size()
 	}
-	n.seen, n.mod = info.ModTime(), s.time(info.ModTime())
+	n.seen = info.ModTime().UnixNano()
+	n.date, n.clock = dosTime(s.time(info.ModTime()))
 	return n, nil
 }
 
@@ -248,7 +260,7 @@ func shorten(dir *node) (err error) {
 	}
 	for _, n := range rest {
 		if n.short, err = short.numbered(n.name); err != nil {
-			return pathError(n.path, err)
+			return pathError(n.path(), err)
 		}
 	}
 	size := int64(64) // . and ..
@@ -256,7 +268,7 @@ func shorten(dir *node) (err error) {
 		size += 32 * n.slots()
 	}
 	if size > maxDirSize {
-		return pathError(dir.path, errors.New("too many files for a directory of FAT"))
+		return pathError(dir.path(), errors.New("too many files for a directory of FAT"))
 	}
 	return nil
 }
@@ -394,7 +406,7 @@ func deriveSerial(all []*node, v *Volume) uint32 {
 	h := sha256.New()
 	fmt.Fprintf(h, "%q %+v\n", v.label, *v.geo)
 	for _, n := range all {
-		fmt.Fprintf(h, "%q %v %d %d\n", n.path, n.dir, n.size, n.mod.Unix())
+		fmt.Fprintf(h, "%q %v %d %d\n", n.path(), n.dir, n.size, uint32(n.date)<<16|uint32(n.clock))
 	}
 	return binary.LittleEndian.Uint32(h.Sum(nil)) | 1
 }

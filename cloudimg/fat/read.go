@@ -117,13 +117,13 @@ func (v *Volume) readFile(b []byte, n *node, off int64) error {
 		clear(b)
 		return nil
 	}
-	f, err := v.fsys.Open(n.path)
+	f, err := v.fsys.Open(n.path())
 	if err != nil {
 		return err
 	}
 	defer f.Close()
 	changed := func(how string) error {
-		return &fs.PathError{Op: "read", Path: n.path, Err: fmt.Errorf("%w: %s", ErrChanged, how)}
+		return &fs.PathError{Op: "read", Path: n.path(), Err: fmt.Errorf("%w: %s", ErrChanged, how)}
 	}
 	part := b[:min(int64(len(b)), n.size-off)]
 	clear(b[len(part):])
@@ -145,7 +145,7 @@ func (v *Volume) readFile(b []byte, n *node, off int64) error {
 	case err != nil:
 		return err
 	}
-	if now, err := f.Stat(); err != nil || now.Size() != n.size || !now.ModTime().Equal(n.seen) {
+	if now, err := f.Stat(); err != nil || now.Size() != n.size || now.ModTime().UnixNano() != n.seen {
 		return changed("it was written to")
 	}
 	return nil
