@@ -59,7 +59,7 @@ func TestFromZip(t *testing.T) {
 	w := zip.NewWriter(&b)
 	want := map[string][]byte{}
 	for i := range 5 {
-		data := bytes.Repeat([]byte(fmt.Sprintf("%09d", i)), 600000)
+		data := bytes.Repeat([]byte(fmt.Sprintf("%09d:%d", i*7919, i)), 500000)
 		f, err := w.Create(fmt.Sprintf("dir/%d", i))
 		if err != nil {
 			t.Fatal(err)
@@ -76,7 +76,19 @@ func TestFromZip(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l, err := NewLayout(t.Context(), merge(t, nil, FromFS(r)), nil)
+	tree := merge(t, nil, FromFS(r))
+	o, err := tree.openFile(tree.entries.at(tree.dirs.at(1).first).inode)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer o.close()
+	for _, off := range []int64{4000000, 1000, 5000, 0} { // not in order
+		got := make([]byte, 100)
+		if err := o.read(got, off); err != nil || !bytes.Equal(got, want["dir/0"][off:off+100]) {
+			t.Errorf("offset %d: %q, %v", off, got, err)
+		}
+	}
+	l, err := NewLayout(t.Context(), tree, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

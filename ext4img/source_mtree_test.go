@@ -37,6 +37,7 @@ func TestManifest(t *testing.T) {
 ./old type=dir
 ./gone/away type=file contents=nothing optional
 ./lib/through type=file size=0
+./etc/none type=file mode=0600 optional
 
 /unset gid
 /set type=file

@@ -242,7 +242,7 @@ func (s *tarScan) entry(e *tarEntry) error {
 	if err != nil {
 		return err
 	}
-	if place.inode != none && !n.isDir() {
+	if place.inode != none && !(n.isDir() && s.tree.inodes.at(place.inode).isDir()) {
 		s.lastPath = "" // the way there may have led by what is replaced
 	}
 	i := s.put(place, n)

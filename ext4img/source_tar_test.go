@@ -240,6 +240,8 @@ func TestTarForms(t *testing.T) {
 		"prefix":         {rawTar(posixMagic, '0', "f", "x", func(h []byte) { copy(h[345:], "a") }), "a 40755 0:0"},
 		"no prefix":      {rawTar(gnuMagic, '0', "f", "x", func(h []byte) { copy(h[345:], "14000000000\x00") }), `f 100644 0:0 1 @0:"x"`},
 		"star":           {rawTar(posixMagic, '0', "f", "x", func(h []byte) { copy(h[476:], "14000000000\x00"); copy(h[508:], "tar\x00") }), `f 100644 0:0 1 @0:"x"`},
+		"star's prefix":  {rawTar(posixMagic, '0', "f", "x", func(h []byte) { copy(h[345:], strings.Repeat("p", 131)+"14000000000"); copy(h[508:], "tar\x00") }), strings.Repeat("p", 131) + " 40755"},
+		"size of a link": {rawTar(posixMagic, '0', "f", "x", nil) + rawTar(posixMagic, '1', "l", "", func(h []byte) { copy(h[124:], "00000000001"); h[157] = 'f' }), `f 100644 0:0 1 @0:"x"`},
 		"long name":      {rawTar(gnuMagic, 'L', "././@LongLink", long+"\x00", nil) + rawTar(gnuMagic, '0', "cut", "x", nil), "long 40755 0:0"},
 		"long link":      {rawTar(gnuMagic, 'K', "././@LongLink", long+"\x00", nil) + rawTar(gnuMagic, '2', "l", "", nil), "l 120777 0:0 -> " + long},
 		"volume":         {rawTar(gnuMagic, 'V', "label", "", nil) + rawTar(gnuMagic, '0', "f", "x", nil), `f 100644 0:0 1 @0:"x"`},
@@ -321,6 +323,10 @@ func TestTarOrder(t *testing.T) {
 			[]member{symlink("l", "d"), file("l/x", "x"), folder("l"), file("l/y", "y")},
 			[]string{". 40755 0:0", "d 40755 0:0", `d/x 100644 0:0 1 @0:"x"`, "l 40755 0:0", `l/y 100644 0:0 1 @0:"y"`},
 		},
+		"a symlink to itself is replaced": {
+			[]member{symlink("p", "."), file("p/x", "x"), folder("p/p"), file("p/z", "z"), symlink("q", "."), file("q/y", "y"), file("q/q", "q"), file("r", "")},
+			[]string{". 40755 0:0", "p 40755 0:0", `p/z 100644 0:0 1 @0:"z"`, `q 100644 0:0 1 @0:"q"`, "r 100644 0:0 0", `x 100644 0:0 1 @0:"x"`, `y 100644 0:0 1 @0:"y"`},
+		},
 		"a symlink is linked": {
 			[]member{symlink("l", "nowhere"), hardLink("m", "l")},
 			[]string{". 40755 0:0", "l 120777 0:0 -> nowhere", "m = l"},
@@ -372,10 +378,11 @@ func TestTarACL(t *testing.T) {
 		acl("d", "user::rwx,group::r-x,other::r-x", "user::rwx,group:wheel:rwx,group::r-x,mask::rwx,other::r-x"),
 		acl("e", "user::rw-,user:stranger:rwx,group::r--,mask::r-x,other::---", ""),
 		acl("f", "user::rw-,user:5:rwx,group::r--,other::---", ""),
+		acl("g", "", "user::rwx,user:5:rwx,group::r-x,mask::rwx,other::r-x"), folder("g"),
 		file("etc/passwd", "root:x:0:0::/:/bin/sh\nlisa:x:1001:100::/:/bin/sh\n"), file("etc/group", "wheel:x:10:\n"),
 	)))
 	got := map[string]string{}
-	for _, name := range []string{"a", "b", "c", "d", "e", "f"} {
+	for _, name := range []string{"a", "b", "c", "d", "e", "f", "g"} {
 		for d := range tree.dirs.at(0).count {
 			e := tree.entries.at(d)
 			if n := tree.inodes.at(e.inode); string(tree.name(e)) == name && n.xattr != 0 {
@@ -625,6 +632,14 @@ func TestIDMaps(t *testing.T) {
 		if !strings.Contains(got, c.want) {
 			t.Errorf("%d:%d: %s, want %s", c.uid, c.gid, got, c.want)
 		}
+	}
+	acl := member{tar.TypeReg, "f", "", func(h *tar.Header) {
+		h.PAXRecords = map[string]string{"SCHILY.acl.access": "user::rw-,user:7:r--,group::r--,group:9:r--,mask::r--,other::---"}
+	}}
+	tree := merge(t, maps, tarOf(makeTar(t, acl)))
+	got, err := aclFromExt4(tree.xattrs[0][0].value)
+	if want := encodeACL([]aclEntry{{aclUserObj, 6, 0}, {aclUser, 4, 100007}, {aclGroupObj, 4, 0}, {aclGroup, 4, 200009}, {aclMask, 4, 0}, {aclOther, 0, 0}}); err != nil || got != want {
+		t.Errorf("ACL: %q, %v, want %q", got, err, want)
 	}
 	for _, bad := range [][]IDMap{{{0, 0, 0}}, {{1 << 31, 0, 1 << 31}}, {{0, 0, 10}, {9, 100, 1}}} {
 		if _, err := Merge(t.Context(), []Source{tarOf(makeTar(t, owned(0, 0)))}, &ScanOptions{UIDMap: bad}); err == nil {

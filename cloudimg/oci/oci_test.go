@@ -238,6 +238,11 @@ func TestLayouts(t *testing.T) {
 			d["size"] = 7
 			f.index(f.image(here, nil, d))
 		}, oci.Options{}, "3000 bytes, expected 7: digest mismatch"},
+		"wrong size of the manifest": {func(f files) {
+			d := f.image(here, nil)
+			d["size"] = 7
+			f.index(d)
+		}, oci.Options{}, "expected 7: digest mismatch"},
 		"wrong manifest": {func(f files) {
 			d := f.image(here, nil)
 			f[blobName(d)][5] ^= 0x20
