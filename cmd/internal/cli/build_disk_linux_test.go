@@ -93,6 +93,7 @@ func TestBlockDeviceOutput(t *testing.T) {
 		if err := unix.Mount(part, mountpoint, "ext4", 0, ""); err != nil {
 			t.Fatal(err)
 		}
+		t.Cleanup(func() { unix.Unmount(mountpoint, unix.MNT_DETACH) }) // if it fails before
 		sameContent(t, "tree/sub/zeroes and more", mountpoint+"/sub/zeroes and more")
 		if before, err = os.ReadFile(dev); err != nil {
 			t.Fatal(err)
