@@ -118,7 +118,7 @@ func explore(t testing.TB, f *FS) (files, failures int) {
 }
 
 // TestDamagedImages reads the damaged file systems of e2fsprogs's own tests,
-// whose sources QIMG_E2FSPROGS_SRC names, by several ways of opening.
+// whose sources E2FSPROGS_SRC names, by several ways of opening.
 func TestDamagedImages(t *testing.T) {
 	src := os.Getenv("E2FSPROGS_SRC")
 	if src == "" {

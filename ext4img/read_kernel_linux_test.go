@@ -430,6 +430,28 @@ func TestReadFeatures(t *testing.T) {
 	}
 }
 
+// TestReadImage compares what is read of the image that QIMG_EXT4_IMAGE names,
+// which is clean, with the kernel's mount.
+func TestReadImage(t *testing.T) {
+	image := os.Getenv("QIMG_EXT4_IMAGE")
+	if image == "" {
+		t.Skip("QIMG_EXT4_IMAGE names no image")
+	}
+	dir := mountAt(t, image, "ro,noload")
+	want := dirManifest(t, dir)
+	umountAt(t, dir)
+	dev, err := blockdev.OpenFile(image, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
+	f, err := Open(plainReader{dev}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	compareManifests(t, readManifest(t, f), want)
+}
+
 // debugfs has debugfs change an image.
 func debugfs(t testing.TB, image, commands string) {
 	t.Helper()

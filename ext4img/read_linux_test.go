@@ -2,9 +2,12 @@ package ext4img
 
 import (
 	"bytes"
+	"encoding/binary"
+	"fmt"
 	"io"
 	"io/fs"
 	"maps"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -207,5 +210,72 @@ func TestReadParallel(t *testing.T) {
 		if !maps.Equal(m, want) {
 			t.Error("goroutines read different things")
 		}
+	}
+}
+
+// TestReadLargeDirectories looks names up in directories whose index has none,
+// one and two levels below its root; also where every leaf but the first
+// begins with a hash that could have begun in the leaf before.
+func TestReadLargeDirectories(t *testing.T) {
+	for _, c := range []struct{ blockSize, entries, nameLen int }{{4096, 3000, 20}, {1024, 8000, 100}, {1024, 60000, 255}} {
+		root := fakeRoot()
+		dir := root.put("d", &fakeEntry{stat: stat{mode: modeDir | 0o755}, children: map[string]*fakeEntry{}})
+		name := func(i int) string { return fmt.Sprintf("%0*d", c.nameLen, i) }
+		for i := range c.entries {
+			dir.children[name(i)] = fakeReg(0)
+		}
+		image, _ := writeImage(t, scanFake(t, root, 1, nil), &LayoutOptions{BlockSize: c.blockSize}, nil)
+		f := openImage(t, image, nil)
+		d, err := f.Resolve("d", true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n, err := f.Inode(d)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lookup := func(f *FS) {
+			t.Helper()
+			for i := 0; i < c.entries; i += 7 {
+				found, err := f.dxFind(n, name(i))
+				if err != nil || found == nil {
+					t.Fatalf("%s: %v, %v", name(i), found, err)
+				}
+			}
+			if found, err := f.dxFind(n, name(c.entries)); found != nil || err != nil {
+				t.Errorf("%v, %v", found, err)
+			}
+		}
+		lookup(f)
+
+		// The lowest bit of every hash in the index says so.
+		out, err := os.OpenFile(image, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.eachDirBlock(n, func(logical, block int64, b []byte, err error) bool {
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !isDxBlock(b, logical) {
+				return true
+			}
+			x, err := parseDxNode(place{}, f.sb, bytes.Clone(b))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for i := 1; i < x.count; i++ {
+				x.b[x.off+i*dxEntryLen] |= 1
+			}
+			binary.LittleEndian.PutUint32(x.b[x.off+x.limit*dxEntryLen+4:], dxChecksum(f.sb, n, x))
+			if _, err := out.WriteAt(x.b, block*int64(c.blockSize)); err != nil {
+				t.Fatal(err)
+			}
+			return true
+		})
+		if err := out.Close(); err != nil {
+			t.Fatal(err)
+		}
+		lookup(openImage(t, image, nil))
 	}
 }
