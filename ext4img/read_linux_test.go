@@ -35,6 +35,9 @@ func openImage(t testing.TB, image string, opts *OpenOptions) *FS {
 // what it was built from.
 func TestReadTorture(t *testing.T) {
 	for _, bs := range []int{1024, 2048, 4096} {
+		if testing.Short() && bs != 1024 {
+			continue
+		}
 		root := tortureTree(int64(bs))
 		image, l := writeImage(t, scanFake(t, root, 1, nil), &LayoutOptions{BlockSize: bs, Label: "torture"}, nil)
 		f := openImage(t, image, nil)
@@ -218,6 +221,9 @@ func TestReadParallel(t *testing.T) {
 // begins with a hash that could have begun in the leaf before.
 func TestReadLargeDirectories(t *testing.T) {
 	for _, c := range []struct{ blockSize, entries, nameLen int }{{4096, 3000, 20}, {1024, 8000, 100}, {1024, 60000, 255}} {
+		if testing.Short() && c.entries > 10000 {
+			continue
+		}
 		root := fakeRoot()
 		dir := root.put("d", &fakeEntry{stat: stat{mode: modeDir | 0o755}, children: map[string]*fakeEntry{}})
 		name := func(i int) string { return fmt.Sprintf("%0*d", c.nameLen, i) }

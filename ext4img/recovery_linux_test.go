@@ -18,7 +18,7 @@ import (
 // the kernel reads after its own replay.
 func TestReplayKernel(t *testing.T) {
 	oracle.Require(t, "mke2fs")
-	for _, c := range []struct {
+	for i, c := range []struct {
 		name, args, mount string
 		steps             int
 	}{
@@ -29,6 +29,9 @@ func TestReplayKernel(t *testing.T) {
 		{"async", "-t ext4 -b 1024 -O ^metadata_csum,^64bit", "journal_async_commit,data=writeback", 2},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			if i%3 != 0 && testing.Short() {
+				t.Skip("short")
+			}
 			image := filepath.Join(t.TempDir(), "image")
 			oracle.MustRun(t, "mke2fs", append(append([]string{"-q", "-F", "-E", "lazy_itable_init=0"}, strings.Fields(c.args)...), image, "64M")...)
 			dir := mountAt(t, image, "noatime,commit=1000"+prefix(",", c.mount))
