@@ -190,7 +190,7 @@ func TestLsKernel(t *testing.T) {
 			}
 		}
 		if st.Ino != e.Inode || fmt.Sprintf("%04o", st.Mode&0o7777) != e.Mode || st.Uid != e.UID || st.Gid != e.GID || st.Size != e.Size ||
-			st.Blocks != e.Blocks || int64(st.Nlink) != e.Links || st.Mtim.Sec != e.Mtime || st.Mtim.Nsec != e.MtimeNsec ||
+			st.Blocks != e.Blocks || int64(st.Nlink) != e.Links || int64(st.Mtim.Sec) != e.Mtime || int64(st.Mtim.Nsec) != e.MtimeNsec ||
 			unix.Mkdev(e.Major, e.Minor) != st.Rdev || len(xattrs) != len(e.Xattrs) {
 			t.Errorf("%+v, expected %+v %q", e, st, xattrs)
 		}
