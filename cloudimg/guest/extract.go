@@ -14,7 +14,7 @@ import (
 	"qimg/qcow2/blockdev"
 )
 
-// ExtractOptions say how Extract works. The zero value is the default: contents,
+// ExtractOptions say how an Extractor works. The zero value is the default: contents,
 // holes, permissions, times, symlinks and hard links are kept.
 type ExtractOptions struct {
 	// Archive keeps owners, setuid, setgid and sticky bits, extended attributes
@@ -32,27 +32,62 @@ type ExtractOptions struct {
 // maxExtractDepth is how deep a tree is made: each level holds two open files.
 const maxExtractDepth = 200
 
-// Extract copies a file of a guest, and all below it if it is a directory, to
-// the name in root; "." is root itself, for a directory. What is there of another
-// type than a directory is replaced at once; directories that are there stay, and
-// get what they lack. Whatever the guest holds, nothing outside of root is
-// touched, and no symlink is followed, in the guest or in root. A directory that
-// was there keeps its mode and times unless Archive is set.
-//
-// Each file is complete or not there: it is made under a name of its own, and
-// renamed.
-func Extract(ctx context.Context, root *os.Root, name string, fsys FS, from *File, opts *ExtractOptions) error {
-	if opts == nil {
-		opts = &ExtractOptions{}
+// Extractor copies files of guests to a directory of the host. Whatever a guest
+// holds, nothing outside of the directory is touched, and no symlink is followed,
+// in the guest or in the directory. Each file is complete or not there: it is made
+// under a name of its own, and renamed. It is not safe for concurrent use.
+type Extractor struct {
+	root  *os.Root
+	opts  ExtractOptions
+	links map[linkKey]string // paths from root of files that have several names
+	lost  map[string]bool
+	buf   []byte
+
+	// Of the copy that runs.
+	ctx  context.Context
+	fs   FS
+	dirs []*extractDir
+}
+
+// linkKey tells files of several file systems apart.
+type linkKey struct {
+	fs FS // nil: the host, whose files tell their file system
+	fileKey
+}
+
+func newLinkKey(fsys FS, f *File) linkKey {
+	if _, ok := fsys.(hostFS); ok {
+		fsys = nil
 	}
-	x := &extractor{ctx: ctx, root: root, fs: fsys, opts: opts, links: map[fileKey]string{}, lost: map[string]bool{}}
-	err := x.walk(name, from)
+	return linkKey{fsys, f.key()}
+}
+
+// NewExtractor returns an Extractor to root, which stays open.
+func NewExtractor(root *os.Root, opts *ExtractOptions) *Extractor {
+	x := &Extractor{root: root, links: map[linkKey]string{}, lost: map[string]bool{}}
+	if opts != nil {
+		x.opts = *opts
+	}
+	return x
+}
+
+// Copy copies a file, and all below it if it is a directory, to the name in the
+// directory; "." is the directory itself. What is there of another type than a
+// directory is replaced at once; directories that are there stay, and get what
+// they lack: one keeps its mode and times unless Archive is set. Names of one file
+// are linked if an earlier call made the others, too.
+func (x *Extractor) Copy(ctx context.Context, name string, fsys FS, from *File) error {
+	x.ctx, x.fs = ctx, fsys
+	return x.walk(name, from)
+}
+
+// Close tells what of all files was not kept.
+func (x *Extractor) Close() {
 	for _, what := range []string{lostOwner, lostXattrs} {
-		if x.lost[what] && opts.Skipped != nil {
-			opts.Skipped("", what)
+		if x.lost[what] && x.opts.Skipped != nil {
+			x.opts.Skipped("", what)
 		}
 	}
-	return err
 }
 
 // What can get lost of all files.
@@ -60,17 +95,6 @@ const (
 	lostOwner  = "owners were not kept: that needs root"
 	lostXattrs = "some extended attributes were not kept: the file system or the user cannot have them"
 )
-
-type extractor struct {
-	ctx   context.Context
-	root  *os.Root
-	fs    FS
-	opts  *ExtractOptions
-	dirs  []*extractDir
-	links map[fileKey]string // paths from root of files that have several names
-	lost  map[string]bool
-	buf   []byte
-}
 
 // extractDir is a directory that is being filled.
 type extractDir struct {
@@ -94,11 +118,12 @@ func (d *extractDir) join(name string) string {
 	return d.path + "/" + name
 }
 
-func (x *extractor) walk(name string, from *File) (err error) {
+func (x *Extractor) walk(name string, from *File) (err error) {
 	defer func() {
 		for _, d := range x.dirs {
 			d.close()
 		}
+		x.dirs = nil
 	}()
 	if err := x.push(x.root, ".", "", nil); err != nil {
 		return err
@@ -140,7 +165,7 @@ func (x *extractor) walk(name string, from *File) (err error) {
 }
 
 // problem tells of an error, or returns it if that ends the work.
-func (x *extractor) problem(path string, err error) error {
+func (x *Extractor) problem(path string, err error) error {
 	var pe *PathError
 	if errors.As(err, &pe) {
 		path, err = pe.Path, pe.Err
@@ -155,7 +180,7 @@ func (x *extractor) problem(path string, err error) error {
 }
 
 // push opens a directory to fill it.
-func (x *extractor) push(parent *os.Root, name, path string, n *Node) error {
+func (x *Extractor) push(parent *os.Root, name, path string, n *Node) error {
 	before, err := parent.Lstat(name)
 	if err != nil {
 		return err
@@ -182,7 +207,7 @@ func (x *extractor) push(parent *os.Root, name, path string, n *Node) error {
 }
 
 // pop ends a directory: its own times change as long as it is filled.
-func (x *extractor) pop() error {
+func (x *Extractor) pop() error {
 	d := x.dirs[len(x.dirs)-1]
 	var err error
 	if !d.kept {
@@ -197,7 +222,7 @@ func (x *extractor) pop() error {
 }
 
 // node makes a file in the directory on top.
-func (x *extractor) node(name string, n *Node) error {
+func (x *Extractor) node(name string, n *Node) error {
 	if n.Depth > 0 {
 		name = n.Name
 	}
@@ -226,7 +251,7 @@ func (x *extractor) node(name string, n *Node) error {
 		return nil
 	}
 	if n.Links > 1 && n.Ino != 0 {
-		if first, ok := x.links[n.key()]; ok {
+		if first, ok := x.links[newLinkKey(x.fs, n.File)]; ok {
 			return x.replace(d, name, func(temp string) error { return x.root.Link(first, d.join(temp)) })
 		}
 	}
@@ -261,19 +286,19 @@ func (x *extractor) node(name string, n *Node) error {
 		return err
 	}
 	if n.Links > 1 && n.Ino != 0 {
-		x.links[n.key()] = d.join(name)
+		x.links[newLinkKey(x.fs, n.File)] = d.join(name)
 	}
 	return nil
 }
 
-func (x *extractor) skipped(path, why string) {
+func (x *Extractor) skipped(path, why string) {
 	if x.opts.Skipped != nil {
 		x.opts.Skipped(path, why)
 	}
 }
 
 // replace makes something under a name of its own and renames it.
-func (x *extractor) replace(d *extractDir, name string, make func(temp string) error) error {
+func (x *Extractor) replace(d *extractDir, name string, make func(temp string) error) error {
 	temp := fmt.Sprintf(".qimg-%016x.tmp", rand.Uint64())
 	if err := make(temp); err != nil {
 		if !errors.Is(err, fs.ErrExist) {
@@ -293,7 +318,7 @@ func (x *extractor) replace(d *extractDir, name string, make func(temp string) e
 }
 
 // file makes a regular file.
-func (x *extractor) file(d *extractDir, name string, n *Node) (err error) {
+func (x *Extractor) file(d *extractDir, name string, n *Node) (err error) {
 	c, err := x.fs.Content(n.File)
 	if err != nil {
 		return err
@@ -315,7 +340,7 @@ func (x *extractor) file(d *extractDir, name string, n *Node) (err error) {
 }
 
 // content copies what a file holds, and leaves out its holes.
-func (x *extractor) content(f *os.File, c Content) error {
+func (x *Extractor) content(f *os.File, c Content) error {
 	size, err := CopyContent(x.ctx, f, c, &x.buf)
 	if err == nil && size < c.Size() {
 		err = f.Truncate(c.Size())
@@ -357,7 +382,7 @@ func CopyContent(ctx context.Context, w io.WriterAt, c Content, buf *[]byte) (en
 }
 
 // permissions are the bits of the mode that a file gets.
-func (x *extractor) permissions(n *Node, owned bool) uint32 {
+func (x *Extractor) permissions(n *Node, owned bool) uint32 {
 	if x.opts.Archive && owned {
 		return uint32(n.Mode & 0o7777)
 	}

@@ -13,7 +13,7 @@ import (
 // permissions and times, in this order: a new owner takes capabilities and setuid
 // away, and everything changes times. f is the file itself, nil for what cannot
 // be opened.
-func (x *extractor) attributes(f, dir *os.File, name string, n *Node) error {
+func (x *Extractor) attributes(f, dir *os.File, name string, n *Node) error {
 	fd := int(dir.Fd())
 	owned := true
 	if x.opts.Archive {
@@ -65,7 +65,7 @@ func timespec(t time.Time) unix.Timespec {
 
 // setXattrs sets the extended attributes. Those that the file system or the user
 // cannot have get lost.
-func (x *extractor) setXattrs(f *os.File, dir int, name string, n *Node) error {
+func (x *Extractor) setXattrs(f *os.File, dir int, name string, n *Node) error {
 	for a, err := range x.fs.Xattrs(n.File) {
 		if err != nil {
 			return err
@@ -86,7 +86,7 @@ func (x *extractor) setXattrs(f *os.File, dir int, name string, n *Node) error {
 }
 
 // special makes a fifo or a device.
-func (x *extractor) special(d *extractDir, name string, n *Node) error {
+func (x *Extractor) special(d *extractDir, name string, n *Node) error {
 	if err := unix.Mknodat(int(d.fd.Fd()), name, uint32(n.Type())|0o600, int(unix.Mkdev(n.Major, n.Minor))); err != nil {
 		return &os.PathError{Op: "mknod", Path: name, Err: err}
 	}

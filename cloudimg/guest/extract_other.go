@@ -9,7 +9,7 @@ import (
 
 // attributes gives a file its permissions and times. Owners and extended
 // attributes get lost.
-func (x *extractor) attributes(f, _ *os.File, name string, n *Node) error {
+func (x *Extractor) attributes(f, _ *os.File, name string, n *Node) error {
 	if x.opts.Archive {
 		x.lost[lostOwner] = true
 	}
@@ -31,6 +31,6 @@ func (x *extractor) attributes(f, _ *os.File, name string, n *Node) error {
 }
 
 // special makes a fifo or a device.
-func (x *extractor) special(*extractDir, string, *Node) error {
+func (x *Extractor) special(*extractDir, string, *Node) error {
 	return errors.ErrUnsupported
 }

@@ -100,6 +100,7 @@ func newRoot(host Host) *cobra.Command {
 		newCp(host),
 		newCreate(host),
 		newDD(host),
+		newDiff(host),
 		newDump(host),
 		newInfo(host),
 		newInspect(host),

@@ -20,24 +20,30 @@ type cpOptions struct {
 	recursive bool
 	archive   bool
 	devices   bool
+	owner     string
 }
 
 func newCp(host Host) *cobra.Command {
 	o := cpOptions{}
 	cmd := &cobra.Command{
-		Use:   "cp [-r] [-a] [--devices] SOURCE... DESTINATION",
-		Short: "Copy files out of images",
-		Long: "Copy files out of images. If DESTINATION is a directory it gets the files under\n" +
-			"their names; a SOURCE that is the root directory, or ends in \"/.\", is what lies in\n" +
-			"it. - as DESTINATION is standard output.\n\n" +
+		Use:   "cp [-r] [-a] [--devices] [--owner UID[:GID]] SOURCE... DESTINATION",
+		Short: "Copy files out of images, into them, and between them",
+		Long: "Copy files out of images, into them, and between them. If DESTINATION is a directory\n" +
+			"it gets the files under their names; a SOURCE that is the root directory, or ends in\n" +
+			"\"/.\", is what lies in it. - is standard input or output.\n\n" +
 			"Kept are contents with their holes, permissions, times, and with -r symlinks and\n" +
-			"hard links; with -a owners (as root), setuid bits, extended attributes and ACLs,\n" +
-			"too. Symlinks that are named are followed unless -r or -a is given. Nothing outside\n" +
-			"of DESTINATION is written, whatever the image holds. Each file is complete or not\n" +
-			"there.\n\n" + placeHelp,
+			"hard links; with -a owners, setuid bits, extended attributes and ACLs, too. Symlinks\n" +
+			"that are named are followed unless -r or -a is given.\n\n" +
+			"Out of an image, owners need root, and nothing outside of DESTINATION is written,\n" +
+			"whatever the image holds. Each file is complete or not there.\n\n" +
+			"Into an image with an ext2, ext3 or ext4 file system all is copied or nothing, also\n" +
+			"after a crash: it is one transaction of the journal. Owners are those of the source,\n" +
+			"or --owner; without -a a file that is there keeps its owner, permissions and extended\n" +
+			"attributes. A damaged file system, and an image that a machine uses, is refused.\n\n" + placeHelp,
 		Example: "  qimg cp disk.qcow2:/etc/hosts .\n" +
 			"  qimg cp -a disk.qcow2@before:/home backup\n" +
-			"  qimg cp disk.qcow2:/var/log/syslog - | tail",
+			"  qimg cp --owner 0 motd disk.qcow2:/etc/motd\n" +
+			"  qimg cp -a a.qcow2:/etc/ssh b.qcow2:/etc",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return runCp(cmd.Context(), host, &o, args)
 		},
@@ -46,7 +52,8 @@ func newCp(host Host) *cobra.Command {
 	f.SortFlags = false
 	f.BoolVarP(&o.recursive, "recursive", "r", false, "copy directories with all below")
 	f.BoolVarP(&o.archive, "archive", "a", false, "as -r, and keep owners, setuid bits, extended attributes and ACLs")
-	f.BoolVar(&o.devices, "devices", false, "make device nodes, which needs root")
+	f.BoolVar(&o.devices, "devices", false, "out of an image: make device nodes, which needs root")
+	f.StringVar(&o.owner, "owner", "", "into an image: UID[:GID] that what is made belongs to, GID being UID if not given")
 	o.open.addPlaceFlags(f, host)
 	return cmd
 }
@@ -80,7 +87,7 @@ func runCp(ctx context.Context, host Host, o *cpOptions, args []string) error {
 	to := o.endpoint(args[len(args)-1])
 	for _, s := range sources {
 		if s.host != "" && to.host != "" {
-			return notAPlace(s.host)
+			return usagef("Neither '%s' nor '%s' is in an image: those are named as in disk.qcow2:/etc/hosts", printable(s.host), printable(to.host))
 		}
 	}
 	c := &copying{ctx: ctx, o: o, bad: problems{host: host}, images: &places{open: &o.open}}
@@ -120,35 +127,9 @@ func (c *copying) out(sources []endpoint, to string) error {
 	if len(sources) > 1 && !isDir {
 		return fmt.Errorf("%s: not a directory", printable(to))
 	}
-	for i := range sources {
-		if err := c.outOne(&sources[i].place, to, isDir); err != nil {
-			if c.ctx.Err() != nil {
-				return c.ctx.Err()
-			}
-			c.bad.add(err)
-		}
-	}
-	return nil
-}
-
-// outOne copies a file, or a directory with all below.
-func (c *copying) outOne(p *place, to string, isDir bool) error {
-	fsys, f, err := c.images.file(c.ctx, p, !c.o.recursive)
-	if err != nil {
-		return err
-	}
-	if f.IsDir() && !c.o.recursive {
-		return p.error("", errors.New("is a directory, which is copied with -r"))
-	}
-	name := path.Base(p.path)
-	content := f.IsDir() && (path.Clean(p.path) == "/" || strings.HasSuffix(p.path, "/."))
-	dir := to
-	switch {
-	case isDir && content:
-		name = "."
-	case !isDir:
-		dir, name = filepath.Split(filepath.Clean(to))
-		if dir == "" {
+	dir, name := to, ""
+	if !isDir {
+		if dir, name = filepath.Split(filepath.Clean(to)); dir == "" {
 			dir = "."
 		}
 	}
@@ -157,10 +138,41 @@ func (c *copying) outOne(p *place, to string, isDir bool) error {
 		return err
 	}
 	defer root.Close()
-	return p.wrap(guest.Extract(c.ctx, root, name, fsys, f, &guest.ExtractOptions{
+	var p *place // what is copied
+	x := guest.NewExtractor(root, &guest.ExtractOptions{
 		Archive: c.o.archive,
 		Devices: c.o.devices,
 		Problem: func(path string, err error) { c.bad.add(p.error(path, err)) },
 		Skipped: func(path, why string) { c.bad.host.warn("%s: %s", printable(p.join(path)), why) },
-	}))
+	})
+	for i := range sources {
+		p = &sources[i].place
+		if err := c.outOne(x, p, name); err != nil {
+			if c.ctx.Err() != nil {
+				return c.ctx.Err()
+			}
+			c.bad.add(err)
+		}
+	}
+	x.Close()
+	return nil
+}
+
+// outOne copies a file, or a directory with all below, to a name; "" is its own.
+func (c *copying) outOne(x *guest.Extractor, p *place, name string) error {
+	fsys, f, err := c.images.file(c.ctx, p, !c.o.recursive)
+	if err != nil {
+		return err
+	}
+	if f.IsDir() && !c.o.recursive {
+		return p.error("", errors.New("is a directory, which is copied with -r"))
+	}
+	switch {
+	case name != "":
+	case f.IsDir() && (path.Clean(p.path) == "/" || strings.HasSuffix(p.path, "/.")):
+		name = "."
+	default:
+		name = path.Base(p.path)
+	}
+	return p.wrap(x.Copy(c.ctx, name, fsys, f))
 }

@@ -423,3 +423,49 @@ func TestCpStays(t *testing.T) {
 		t.Errorf("%+v, %v", r, err)
 	}
 }
+
+// TestDiffKernel lists what the kernel changed in a copy of a file system.
+func TestDiffKernel(t *testing.T) {
+	m := kernelImage(t, "-t", "ext4")
+	dir := t.TempDir()
+	t.Chdir(dir)
+	oracle.MustRun(t, "cp", "--sparse=always", m.image, "new.img")
+	oracle.MustRun(t, "sh", "-e", "-c", `mkdir mnt; mount -o loop new.img mnt; trap "umount mnt" EXIT; cd mnt
+		printf X | dd of=sparse bs=1 seek=5242881 conv=notrunc status=none; touch -r content sparse
+		mkdir added; echo 1 >added/file; rm -r deep/er; rm fifo; chmod 600 hard-1; chown 5 setuid; setfattr -n user.text -v other content
+		rm null; mknod -m 666 null c 1 5; ln -sf elsewhere loop-a; rm etc/hostname; mkdir etc/hostname; truncate -s 3 many/file-5
+		touch -d @1600000000 many/file-5 loop-a -h; touch -d @1700000001.123456789 sparse; cp --reflink=never -p content content2; mv content2 content; touch -r setuid content
+		cd ..; umount mnt; trap - EXIT`)
+	r := run(t, "diff", m.image, "new.img")
+	var got []string
+	for line := range strings.Lines(r.Stdout) {
+		// Directories whose entries changed have another time.
+		if !strings.HasPrefix(line, "M /deep (") && line != "M /etc (mtime)\n" && line != "M / (mtime)\n" {
+			got = append(got, line)
+		}
+	}
+	want := []string{
+		"A /added\n", "M /content (xattrs)\n", "D /deep/er\n", "M /deep/hard-2 (mode, xattrs)\n", "M /etc/hostname (type)\n", "D /fifo\n",
+		"M /hard-1 (mode, xattrs)\n", "M /loop-a (target, mtime)\n", "M /many/file-5 (content, size, mtime)\n", "M /null (device, mode, mtime)\n",
+		"M /setuid (mode, owner, xattrs)\n", "M /sparse (content)\n",
+	}
+	if diff := cmp.Diff(want, got); diff != "" || r.Code != 1 || r.Stderr != "" {
+		t.Errorf("-want +got\n%s%+v", diff, r)
+	}
+	if got := run(t, "diff", "-r", m.image, "new.img").Stdout; !strings.Contains(got, "A /added\nA /added/file\n") || !strings.Contains(got, "D /deep/er\nD /deep/er/and\n") {
+		t.Errorf("%s", got)
+	}
+
+	// Snapshots of an image, and the mount.
+	oracle.Require(t, "qemu-img")
+	oracle.MustRun(t, "qemu-img", "convert", "-f", "raw", "-O", "qcow2", m.image, "a.qcow2")
+	oracle.MustRun(t, "qemu-img", "snapshot", "-c", "one", "a.qcow2")
+	for _, args := range [][]string{{"a.qcow2@one", "a.qcow2"}, {m.image, "a.qcow2@1"}, {m.dir, "a.qcow2@one:/"}} {
+		if r := run(t, append([]string{"diff"}, args...)...); r.Code != 0 || r.Stdout != "" || r.Stderr != "" {
+			t.Errorf("%q: %+v", args, r)
+		}
+	}
+	if r := run(t, "diff", m.image, "nope.img"); r.Code != 2 {
+		t.Errorf("%+v", r)
+	}
+}
