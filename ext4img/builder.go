@@ -52,7 +52,7 @@ type slot struct {
 }
 
 // defaultMaxEntries is ScanOptions.MaxEntries where that is 0.
-const defaultMaxEntries = 8 << 20
+const defaultMaxEntries = 4 << 20
 
 func newBuilder(ctx context.Context, opts *ScanOptions) (*builder, error) {
 	t := &Tree{spans: make(map[uint32][]span), maxTime: maxTime}

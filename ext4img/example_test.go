@@ -7,6 +7,8 @@ import (
 	"log"
 	"os"
 	"path/filepath"
+	"strings"
+	"testing/fstest"
 
 	"qimg/ext4img"
 	"qimg/qcow2/blockdev"
@@ -113,4 +115,35 @@ func ExampleOpen() {
 	// hello 100640
 	// link 120777
 	// lost+found 40700
+}
+
+// A list of changes makes what the user who runs the program could not.
+func ExampleMerge() {
+	sources := []ext4img.Source{
+		ext4img.FromFS(fstest.MapFS{"bin/su": {Data: []byte("#!/bin/sh\n"), Mode: 0o755}}),
+		ext4img.Manifest(strings.NewReader("./bin/su mode=4755\n./dev/null type=char mode=666 device=linux,1,3\n"), "changes", ""),
+	}
+	tree, err := ext4img.Merge(context.Background(), sources, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer tree.Close()
+	layout, err := ext4img.NewLayout(context.Background(), tree, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	image, err := ext4img.Open(layout.Reader(), nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, name := range []string{"bin/su", "dev/null"} {
+		info, err := image.Stat(name)
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Println(info)
+	}
+	// Output:
+	// urwxr-xr-x 10 1970-01-01 00:00:00 su
+	// Dcrw-rw-rw- 0 1970-01-01 00:00:00 null
 }

@@ -381,7 +381,7 @@ func TestReadFeatures(t *testing.T) {
 		{"csum_seed", "-t ext4 -b 4096 -O metadata_csum_seed,large_dir,stable_inodes", "", ext4, ""},
 		{"no-csum", "-t ext4 -b 2048 -O ^metadata_csum,^64bit,^uninit_bg,^flex_bg", "", small, ""},
 		{"uninit_bg", "-t ext4 -b 1024 -O ^metadata_csum,uninit_bg,^64bit", "", small, ""},
-		{"uninit_bg-64bit", "-t ext4 -b 1024 -O ^metadata_csum,uninit_bg,64bit", "", small, ""},
+		{"uninit_bg-64bit", "-t ext4 -b 1024 -O ^metadata_csum,uninit_bg,64bit,^flex_bg", "", small, ""},
 		{"inline_data", "-t ext4 -b 4096 -O inline_data", "", ext4, ""},
 		{"inline_data-1k", "-t ext4 -b 1024 -I 1024 -O inline_data", "", small, ""},
 		{"ea_inode", "-t ext4 -b 4096 -O ea_inode", "", ea, ""},

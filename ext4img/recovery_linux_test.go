@@ -234,7 +234,7 @@ func TestReplayDebugfs(t *testing.T) {
 				t.Fatal(err)
 			}
 			oracle.MustRun(t, "mke2fs", append(append([]string{"-q", "-F", "-t", "ext4", "-b", "1024"}, strings.Fields(c.args)...), image, "16M")...)
-			script := fmt.Sprintf("write %s target\n%s\njw -b 9000-9009 %s\njw -b 9005-9014 %s\njw -r 9000,9002,9012\njw -b 9002 %s\njc\n", file, c.open, file, file, file)
+			script := fmt.Sprintf("write %s target\n%s\njw -b 9000-9009 %s\njw -b 9005-9014 %s\njw -r 9000,9002,9012\njw -b 9002 %s\njw -r 9007 -b 9007 %s\njc\n", file, c.open, file, file, file, file)
 			cmds := filepath.Join(tmp, "cmds")
 			if err := os.WriteFile(cmds, []byte(script), 0o600); err != nil {
 				t.Fatal(err)

@@ -38,7 +38,7 @@ type ScanOptions struct {
 	SkipUnreadable bool
 	// MaxEntries bounds what the archives among the sources may make: names,
 	// directories on the way to them, parts of files with holes, and each 256
-	// bytes of xattrs and symlinks. 0: 8,388,608, which take about 1 GiB of
+	// bytes of xattrs and symlinks. 0: 4,194,304, which take about 800 MiB of
 	// memory. More is an error that matches ErrTooManyEntries.
 	MaxEntries int64
 	// Warn, if not nil, is told of what could not be kept: text about one

@@ -241,7 +241,7 @@ func TestTarForms(t *testing.T) {
 		"no prefix":      {rawTar(gnuMagic, '0', "f", "x", func(h []byte) { copy(h[345:], "14000000000\x00") }), `f 100644 0:0 1 @0:"x"`},
 		"star":           {rawTar(posixMagic, '0', "f", "x", func(h []byte) { copy(h[476:], "14000000000\x00"); copy(h[508:], "tar\x00") }), `f 100644 0:0 1 @0:"x"`},
 		"star's prefix":  {rawTar(posixMagic, '0', "f", "x", func(h []byte) { copy(h[345:], strings.Repeat("p", 131)+"14000000000"); copy(h[508:], "tar\x00") }), strings.Repeat("p", 131) + " 40755"},
-		"size of a link": {rawTar(posixMagic, '0', "f", "x", nil) + rawTar(posixMagic, '1', "l", "", func(h []byte) { copy(h[124:], "00000000001"); h[157] = 'f' }), `f 100644 0:0 1 @0:"x"`},
+		"size of a link": {rawTar(posixMagic, '0', "f", "x", nil) + rawTar(posixMagic, '1', "l", "", func(h []byte) { copy(h[124:], "00000010000"); h[157] = 'f' }), `f 100644 0:0 1 @0:"x"`},
 		"long name":      {rawTar(gnuMagic, 'L', "././@LongLink", long+"\x00", nil) + rawTar(gnuMagic, '0', "cut", "x", nil), "long 40755 0:0"},
 		"long link":      {rawTar(gnuMagic, 'K', "././@LongLink", long+"\x00", nil) + rawTar(gnuMagic, '2', "l", "", nil), "l 120777 0:0 -> " + long},
 		"volume":         {rawTar(gnuMagic, 'V', "label", "", nil) + rawTar(gnuMagic, '0', "f", "x", nil), `f 100644 0:0 1 @0:"x"`},

@@ -90,7 +90,7 @@ func newBuild(host Host) *cobra.Command {
 	f.StringArrayVar(&o.exclude, "exclude", nil, "leave out what matches, with all below it: a name as *.o, or with a slash a path from SOURCE as /tmp/* (repeatable)")
 	f.StringArrayVar(&o.from.manifests, "manifest", nil, "make and change what this list in the format of mtree(5) tells, over all sources: owners, modes, devices (repeatable)")
 	f.StringVar(&o.from.platform, "platform", "", "OS/ARCHITECTURE[/VARIANT] of a container image (default: linux and that of this machine)")
-	f.Int64Var(&o.from.maxEntries, "max-entries", 0, "refuse archives that make more entries (default: 8388608)")
+	f.Int64Var(&o.from.maxEntries, "max-entries", 0, "refuse archives that make more entries (default: 4194304)")
 	f.StringVar(&o.compat, "compat", "1.1", "qcow2 version: 0.10 (v2) or 1.1 (v3)")
 	f.StringVar(&o.clusterSize, "cluster-size", "64k", "qcow2 cluster size")
 	f.BoolVarP(&o.compress, "compress", "c", false, "compress the qcow2 clusters")
