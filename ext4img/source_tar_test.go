@@ -339,9 +339,9 @@ func TestTarOrder(t *testing.T) {
 		},
 		"xattrs": {
 			[]member{{tar.TypeReg, "f", "", func(h *tar.Header) {
-				h.PAXRecords = map[string]string{"SCHILY.xattr.user.a": "1\x00\n=", "SCHILY.xattr.user.empty": "", "LIBARCHIVE.xattr.user.b%3D": "AAEC", "LIBARCHIVE.xattr.user.a": "eA", "RHT.security.selinux": "ctx"}
+				h.PAXRecords = map[string]string{"SCHILY.xattr.user.a": "1\x00\n=", "SCHILY.xattr.user.empty": "", "SCHILY.xattr.user.p%25%3D%41": "2", "LIBARCHIVE.xattr.user.b%3D": "AAEC", "LIBARCHIVE.xattr.user.a": "eA", "RHT.security.selinux": "ctx"}
 			}}},
-			[]string{". 40755 0:0", `f 100644 0:0 0 1.a="1\x00\n=" 1.b=="\x00\x01\x02" 1.empty="" 6.selinux="ctx\x00"`},
+			[]string{". 40755 0:0", `f 100644 0:0 0 1.a="1\x00\n=" 1.b=="\x00\x01\x02" 1.empty="" 1.p%=%41="2" 6.selinux="ctx\x00"`},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -180,6 +180,7 @@ func (t *tarReader) fail(e *tarEntry, err error) error {
 func (t *tarReader) read(e *tarEntry) error {
 	var long [2]string // name, link of GNU tar
 	var local []tarXattr
+	extra := int64(0) // bytes of extended headers
 	for {
 		off := t.pos
 		if off == t.size {
@@ -214,6 +215,9 @@ func (t *tarReader) read(e *tarEntry) error {
 		typ := h[156]
 		switch typ {
 		case tarPax, tarPaxSolaris, tarPaxGlobal, tarGNULongName, tarGNULongLink:
+			if extra += size; extra > maxTarExtra {
+				return fmt.Errorf("extended headers of %d bytes: expected %d at most", extra, maxTarExtra)
+			}
 			b, err := t.extra(data, size)
 			if err != nil {
 				return err
@@ -420,6 +424,8 @@ func (p *paxState) record(key, value string) (err error) {
 		}
 	default:
 		if name, ok := strings.CutPrefix(key, "SCHILY.xattr."); ok {
+			// GNU tar writes the two characters so that a key cannot have.
+			name = strings.NewReplacer("%25", "%", "%3D", "=").Replace(name)
 			e.xattrs = append(e.xattrs, tarXattr{name, value})
 		} else if name, ok := strings.CutPrefix(key, "LIBARCHIVE.xattr."); ok {
 			var b []byte

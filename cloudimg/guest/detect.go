@@ -153,10 +153,10 @@ func (d *detector) xfs() bool {
 }
 
 func (d *detector) btrfs() bool {
-	if !d.is(0x10040, "_BHRfS_M") {
+	b := d.at(0x10000, 4096)
+	if b == nil || !d.is(0x10040, "_BHRfS_M") {
 		return false
 	}
-	b := d.head[0x10000:]
 	le := binary.LittleEndian
 	d.found("btrfs", b[0x12b:0x22b], b[0x20:0x30])
 	if total, used := le.Uint64(b[0x70:]), le.Uint64(b[0x78:]); used <= total {
@@ -260,10 +260,10 @@ func (d *detector) squashfs() bool {
 }
 
 func (d *detector) iso9660() bool {
-	if !d.is(0x8001, "CD001") || d.head[0x8000] != 1 {
+	b := d.at(0x8000, 2048)
+	if b == nil || !d.is(0x8001, "CD001") || b[0] != 1 {
 		return false
 	}
-	b := d.head[0x8000:]
 	d.found("iso9660", bytes.TrimRight(b[40:72], " "), nil)
 	for _, date := range [][]byte{b[830:846], b[813:829]} { // of modification, of creation
 		if len(bytes.Trim(date, "0\x00")) > 0 {

@@ -310,6 +310,11 @@ func (x *Extractor) replace(d *extractDir, name string, make func(temp string) e
 		d.root.Remove(temp)
 		return err
 	}
+	for key, path := range x.links { // what had the name is no more
+		if path == d.join(name) {
+			delete(x.links, key)
+		}
+	}
 	// The rename of one name of a file to another does nothing.
 	if err := d.root.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err

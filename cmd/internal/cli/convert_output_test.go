@@ -490,3 +490,23 @@ func sameGuestAs(t *testing.T, f, a, g, b string) {
 		t.Errorf("compare %s %s: %v", a, b, r)
 	}
 }
+
+// TestConvertSelfStdout: standard output is no input.
+func TestConvertSelfStdout(t *testing.T) {
+	t.Chdir(t.TempDir())
+	text := strings.Repeat("x", 4096)
+	writeFile(t, "in", text)
+	f, err := os.OpenFile("in", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var stderr bytes.Buffer
+	code := cli.Run(t.Context(), []string{"qimg", "convert", "-f", "raw", "-O", "raw", "in", "-"}, cli.Host{Out: f, Err: &stderr, Getenv: os.Getenv})
+	if code != 1 || !strings.Contains(stderr.String(), "standard output is an input") {
+		t.Errorf("exit %d: %s", code, &stderr)
+	}
+	if b, err := os.ReadFile("in"); err != nil || string(b) != text {
+		t.Errorf("%d bytes, %v", len(b), err)
+	}
+}

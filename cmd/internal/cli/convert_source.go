@@ -258,6 +258,9 @@ func (j *joined) ReadAt(b []byte, off int64) (n int, err error) {
 		if m < len(piece) && err != nil && !errors.Is(err, io.EOF) {
 			return n + m, err
 		}
+		if at-p.off+int64(m) < p.r.Size() && m < len(piece) {
+			return n + m, io.ErrUnexpectedEOF // it was cut off meanwhile
+		}
 		clear(piece[m:])
 		n += len(piece)
 	}

@@ -145,6 +145,26 @@ func (t *convertTarget) refuseSources(output string) error {
 	return nil
 }
 
+// refuseStdout refuses to write to standard output if that is one of the inputs.
+func (t *convertTarget) refuseStdout() error {
+	o, ok := t.o.host.Out.(*output)
+	if !ok {
+		return nil
+	}
+	f, ok := o.w.(*os.File)
+	if !ok {
+		return nil
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return nil // what is wrong shows when it is written
+	}
+	if path := t.srcs.overlapping(info); path != "" {
+		return fmt.Errorf("standard output is an input, or in the backing chain of one: '%s'", path)
+	}
+	return nil
+}
+
 // unsafe reports whether nothing is synced.
 func (o *convertOptions) unsafe() bool { return o.cache == "unsafe" }
 
@@ -281,6 +301,9 @@ func (t *convertTarget) openStream(ctx context.Context) (err error) {
 		return err
 	}
 	if t.name == "-" {
+		if err := t.refuseStdout(); err != nil {
+			return err
+		}
 		t.out, err = imageWriter(o.host.Out)
 		return err
 	}

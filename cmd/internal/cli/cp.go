@@ -129,6 +129,14 @@ func (c *copying) out(sources []endpoint, to string) error {
 	}
 	dir, name := to, ""
 	if !isDir {
+		// What is there is a file that nobody holds, and none of the images.
+		old, err := newFile(to, nil)
+		if err != nil {
+			return err
+		}
+		if err := old.Abort(); err != nil {
+			return err
+		}
 		if dir, name = filepath.Split(filepath.Clean(to)); dir == "" {
 			dir = "."
 		}

@@ -103,6 +103,7 @@ func (o *ddOptions) dd(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	out.stream = false // "-" is a file, as in qemu-img
 	if err := out.begin(ctx); err != nil {
 		out.abort()
 		return prefixError(o.out+": error while creating output image", err)

@@ -127,3 +127,15 @@ func TestDDKeeps(t *testing.T) {
 		t.Errorf("%q, %v", b, err)
 	}
 }
+
+// TestDDDash: "-" is the name of a file, as for qemu-img.
+func TestDDDash(t *testing.T) {
+	t.Chdir(t.TempDir())
+	writeFile(t, "in", strings.Repeat("x", 4096))
+	if out := mustRun(t, "dd", "-f", "raw", "-O", "raw", "if=in", "of=-"); out != "" {
+		t.Errorf("%q", out)
+	}
+	if b, err := os.ReadFile("-"); err != nil || string(b) != strings.Repeat("x", 4096) {
+		t.Errorf("%d bytes, %v", len(b), err)
+	}
+}

@@ -222,6 +222,9 @@ func (t *treePrinter) entry(dir *guest.File, e *guest.Entry, path, indent string
 		t.w.WriteByte('\n')
 	}
 	if !isDir {
+		if t.json && typ == guest.ModeDir { // which cannot be read
+			t.w.WriteString("]}")
+		}
 		return nil
 	}
 	below := indent + "│   "
