@@ -85,7 +85,7 @@ func (t *txn) checkResize(size int64, prealloc Preallocation, version uint32) er
 		return OptionError("Preallocation can't be used for shrinking an image")
 	case g.l1Entries(uint64(size)) > maxL1Size/l1EntrySize:
 		return OptionError("Failed to grow the L1 table: File too large")
-	case size > im.size && version < 3 && im.backs(im.size):
+	case size > g.clusters(im.size)<<g.clusterBits && version < 3 && im.backs(im.size):
 		return OptionError("Failed to zero out new clusters: Operation not supported")
 	case g.dataFile && im.w.data == nil:
 		return im.noFile("external data file", t.header.DataFile())

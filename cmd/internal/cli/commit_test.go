@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -254,4 +255,28 @@ func TestCommitProgress(t *testing.T) {
 	if r := run(t, "commit", "-p", "base.qcow2"); r.Stdout != "    (0.00/100%)\r\n" || r.Code != 1 {
 		t.Errorf("%+v", r)
 	}
+}
+
+// TestCommitGrowsV2: a base of version 2 grows inside of its last cluster, where
+// its own backing file has more.
+func TestCommitGrowsV2(t *testing.T) {
+	oracle.Require(t, "qemu-img")
+	oracle.Require(t, "qemu-io")
+	t.Chdir(t.TempDir())
+	oracle.MustRun(t, "qemu-img", "create", "-q", "-f", "qcow2", "a", "192k")
+	oracle.MustRun(t, "qemu-io", "-c", "write -P 0x6e 0 192k", "a")
+	for _, dir := range []string{"ours", "theirs"} {
+		if err := os.Mkdir(dir, 0o777); err != nil {
+			t.Fatal(err)
+		}
+		t.Chdir(dir)
+		oracle.MustRun(t, "qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=0.10,cluster_size=4096", "-b", "../a", "-F", "qcow2", "b", "512")
+		oracle.MustRun(t, "qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=0.10", "-b", "b", "-F", "qcow2", "c", "2048")
+		t.Chdir("..")
+	}
+	mustRun(t, "commit", "ours/c")
+	oracle.MustRun(t, "qemu-img", "commit", "theirs/c")
+	oracle.MustRun(t, "qemu-img", "compare", "ours/b", "theirs/b")
+	oracle.MustRun(t, "qemu-img", "check", "-q", "ours/b")
+	same(t, "resize", "theirs/b", "4608")
 }
