@@ -40,6 +40,7 @@ type Extractor struct {
 	root  *os.Root
 	opts  ExtractOptions
 	links map[linkKey]string // paths from root of files that have several names
+	paths map[string]linkKey // the other way round
 	lost  map[string]bool
 	buf   []byte
 
@@ -64,7 +65,7 @@ func newLinkKey(fsys FS, f *File) linkKey {
 
 // NewExtractor returns an Extractor to root, which stays open.
 func NewExtractor(root *os.Root, opts *ExtractOptions) *Extractor {
-	x := &Extractor{root: root, links: map[linkKey]string{}, lost: map[string]bool{}}
+	x := &Extractor{root: root, links: map[linkKey]string{}, paths: map[string]linkKey{}, lost: map[string]bool{}}
 	if opts != nil {
 		x.opts = *opts
 	}
@@ -286,7 +287,8 @@ func (x *Extractor) node(name string, n *Node) error {
 		return err
 	}
 	if n.Links > 1 && n.Ino != 0 {
-		x.links[newLinkKey(x.fs, n.File)] = d.join(name)
+		key, path := newLinkKey(x.fs, n.File), d.join(name)
+		x.links[key], x.paths[path] = path, key
 	}
 	return nil
 }
@@ -310,10 +312,9 @@ func (x *Extractor) replace(d *extractDir, name string, make func(temp string) e
 		d.root.Remove(temp)
 		return err
 	}
-	for key, path := range x.links { // what had the name is no more
-		if path == d.join(name) {
-			delete(x.links, key)
-		}
+	if key, ok := x.paths[d.join(name)]; ok { // what had the name is no more
+		delete(x.links, key)
+		delete(x.paths, d.join(name))
 	}
 	// The rename of one name of a file to another does nothing.
 	if err := d.root.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
