@@ -168,7 +168,7 @@ func TestZooWrite(t *testing.T) {
 		h := im.Header()
 		im.Close()
 		seed := uint64(len(want.Name))<<32 + uint64(*want.Size)
-		ops := randomOps(rand.New(rand.NewPCG(seed, 5)), 25, *want.Size, h.ClusterSize(), h.DataFile() == "")
+		ops := randomOps(rand.New(rand.NewPCG(seed, 5)), 25, *want.Size, h.ClusterSize(), true)
 		byQimg(t, path, ops)
 		t.Chdir(theirs)
 		byQEMU(t, path, ops)

@@ -223,8 +223,8 @@ func (im *Image) WriteZeroes(off, n int64) error {
 
 // Discard gives back the space of the clusters that lie wholly in n bytes at
 // off, which then read as zeroes; the rest of the range is left as it is. In
-// version 2 over a backing file, and with an external data file, it changes
-// nothing.
+// version 2 over a backing file it changes nothing. In an external data file it
+// makes a hole at once, and leaves the tables alone where that file is raw.
 //
 // Order: as WriteAt; the space is given back when the tables are on disk.
 func (im *Image) Discard(off, n int64) error {

@@ -438,8 +438,12 @@ func (im *Image) zeroCluster(at l2Place, off, lo, hi int64) error {
 	return nil
 }
 
-// zeroData makes the raw data file hold zeroes.
+// zeroData makes the data file hold zeroes, and gives back the space where the
+// file can. The place in an external data file is the guest's.
 func (im *Image) zeroData(off, n int64) error {
+	if im.w.data == nil {
+		return im.noFile("external data file", im.header.DataFile())
+	}
 	im.w.unsynced = true
 	if n = min(n, im.w.data.Size()-off); n <= 0 {
 		return nil
@@ -453,11 +457,20 @@ func (im *Image) discardGuest(off, n int64) error {
 	return im.eachPart(off, n, func(at l2Place, off, lo, hi int64) error {
 		entry, bitmap := im.entry(at)
 		typ := g.clusterType(entry)
-		if hi-lo != g.clusterSize || typ == clusterZeroPlain || g.dataFile {
+		if hi-lo != g.clusterSize || typ == clusterZeroPlain {
 			return nil
+		}
+		if im.rawData() {
+			return im.zeroData(off, g.clusterSize)
 		}
 		if typ == clusterUnallocated && bitmap == 0 && !im.backs(off) {
 			return nil
+		}
+		if g.dataFile && (typ == clusterNormal || typ == clusterZeroAlloc) {
+			// At once: a later write puts its data at the same place.
+			if err := im.zeroData(off, g.clusterSize); err != nil {
+				return err
+			}
 		}
 		to, toBitmap := uint64(0), uint64(0)
 		if im.backs(off) {
