@@ -487,6 +487,7 @@ func boundsCases() []boundsCase {
 // TestCheckBounds: what a small file says of a large hole neither takes long
 // nor much memory to check.
 func TestCheckBounds(t *testing.T) {
+	oracle.PlainBuild(t)
 	for _, c := range boundsCases() {
 		t.Run(c.name, func(t *testing.T) {
 			im := sparse(t, c.size, c.change)

@@ -20,7 +20,7 @@ func TestFaults(t *testing.T) {
 			if *crashLong {
 				step = 1
 			} else if oracle.SlowBuild {
-				step *= 20
+				step *= 60
 			}
 			f := newFixture(t, v)
 			runs += qcow2.TrialFaults(t, f.dev, &qcow2.TrialOptions{Open: f.open, Data: f.data}, step, func(tr *qcow2.Trial) {

@@ -199,6 +199,7 @@ func TestRepairSnapshotTable(t *testing.T) {
 
 // TestRepairBounds: nor to repair.
 func TestRepairBounds(t *testing.T) {
+	oracle.PlainBuild(t)
 	for _, c := range boundsCases() {
 		t.Run(c.name, func(t *testing.T) {
 			x := qcow2.NewTiny()

@@ -353,6 +353,7 @@ func TestDeclared(t *testing.T) {
 // TestMemory has dictionaries and windows that are as large as can be: there is never
 // a second one.
 func TestMemory(t *testing.T) {
+	oracle.PlainBuild(t)
 	want := make([]byte, 260<<20)
 	r := rand.New(rand.NewPCG(1, 1))
 	for at := 0; at < len(want); at += 1 << 20 {
