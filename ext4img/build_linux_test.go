@@ -18,14 +18,39 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"qimg/qcow2/blockdev"
 	"qimg/qcow2/blockdev/oracle"
 )
 
-// fsck fails the test unless e2fsck finds nothing at all to say.
+// fsck fails the test unless neither e2fsck nor Check finds anything at all to
+// say.
 func fsck(t testing.TB, image string) {
 	t.Helper()
 	if r := oracle.Run(t, "e2fsck", "-fn", image); r.Code != 0 {
 		t.Fatalf("e2fsck -fn: exit %d\n%.4000s%s", r.Code, r.Stdout, r.Stderr)
+	}
+	checkClean(t, image)
+}
+
+// checkClean fails the test if Check finds anything.
+func checkClean(t testing.TB, image string) {
+	t.Helper()
+	dev, err := blockdev.OpenFile(image, &blockdev.FileOptions{NoLock: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
+	n := 0
+	for f, err := range Check(t.Context(), dev, nil) {
+		if err != nil {
+			t.Fatalf("check: %v", err)
+		}
+		if n++; n < 20 {
+			t.Error(f)
+		}
+	}
+	if n > 0 {
+		t.Fatalf("check: %d findings", n)
 	}
 }
 

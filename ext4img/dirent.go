@@ -23,7 +23,7 @@ func putDirent(b []byte, ino uint32, recLen int, name []byte, ftype uint8) {
 	copy(b[8:], name)
 }
 
-// putRecLen writes a rec_len, which is at most 4096 here.
+// putRecLen writes a rec_len, which is at most 4096 here; see putRecLenIn.
 func putRecLen(b []byte, n int) { binary.LittleEndian.PutUint16(b, uint16(n)) }
 
 // direntWriter packs entries into one directory block.
@@ -186,6 +186,17 @@ func parseRecLen(b []byte, blockSize int) int {
 		return blockSize
 	}
 	return n&^3 | n&3<<16
+}
+
+// putRecLenIn writes a rec_len of a block of any size (kernel: fs/ext4/ext4.h,
+// ext4_rec_len_to_disk).
+func putRecLenIn(b []byte, n, blockSize int) {
+	switch {
+	case n < 64<<10:
+		putRecLen(b, n)
+	default: // the whole of a block of 64 KiB
+		putRecLen(b, 0xffff)
+	}
 }
 
 // eachDirent calls fn with the entries of a directory block that are in use.

@@ -54,5 +54,41 @@
 // file system, however damaged, makes reading panic, go on without end, or
 // take memory that grows with what it claims.
 //
+// # Editing
+//
+// OpenEditor checks a file system and opens it for changes, which are made in
+// transactions: a Tx is held in memory, shows the file system as it will be, and
+// becomes part of it by Commit, wholly or not at all.
+//
+//	content      goes to free blocks at once, and is nobody's before the commit;
+//	             what files have is never overwritten
+//	journal      the commit goes through it, in every form that reading knows, and
+//	             it is empty afterwards
+//	no journal   blocks are written in an order that e2fsck repairs without loss
+//	directories  indexes are kept, split and grown; a directory that gets its second
+//	             block gets one
+//	refused      what Check finds an error in; quota, encrypted and casefold
+//	             directories, verity files; transactions larger than the journal
+//
+// Not done: default ACLs and setgid of a directory are not inherited, since owner
+// and mode are given.
+//
+// # Checking
+//
+// Check verifies all that e2fsck verifies in its five passes, and changes nothing.
+//
+// # Resizing
+//
+// Resize makes a file system larger or smaller, in place and with nobody using
+// it; PlanResize tells what it would do, MinimumSize how small it gets. At every
+// moment the file system is valid, with all its files, if its journal is
+// replayed; what was interrupted is begun again.
+//
+//	growing      descriptors in the blocks that the resize inode keeps for them, and
+//	             behind those in meta_bg; every kind of file system
+//	shrinking    blocks, inodes, xattrs, bitmaps, inode tables and the journal move;
+//	             not with bigalloc, stable_inodes, bad blocks
+//	no journal   one is lent, of 1024 blocks at least, while the work lasts
+//
 // The format is specified by the kernel's Documentation/filesystems/ext4.
 package ext4img

@@ -117,6 +117,51 @@ func ExampleOpen() {
 	// lost+found 40700
 }
 
+// Files of an existing file system are changed in one transaction.
+func ExampleOpenEditor() {
+	ctx := context.Background()
+	// What is there: a file system with /etc/hostname.
+	tree, err := ext4img.Merge(ctx, []ext4img.Source{ext4img.FromFS(fstest.MapFS{"etc/hostname": {Data: []byte("old\n"), Mode: 0o644}})}, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer tree.Close()
+	layout, err := ext4img.NewLayout(ctx, tree, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	disk := blockdev.NewMemory(layout.Size())
+	if err := layout.Write(ctx, disk, nil); err != nil {
+		log.Fatal(err)
+	}
+
+	ed, err := ext4img.OpenEditor(ctx, disk, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	tx, err := ed.Begin()
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer tx.Discard() // does nothing after Commit
+	if err := tx.WriteFile("/etc/hostname", []byte("new\n"), 0o644); err != nil {
+		log.Fatal(err)
+	}
+	if err := tx.MkdirAll("/srv/data", 0o755); err != nil {
+		log.Fatal(err)
+	}
+	if err := tx.Commit(ctx); err != nil {
+		log.Fatal(err)
+	}
+	for f, err := range ext4img.Check(ctx, disk, nil) {
+		log.Fatal(f, err) // there are none
+	}
+	b, err := tx.FS().ReadFile("etc/hostname")
+	fmt.Printf("%q %v\n", b, err)
+	// Output:
+	// "new\n" <nil>
+}
+
 // A list of changes makes what the user who runs the program could not.
 func ExampleMerge() {
 	sources := []ext4img.Source{

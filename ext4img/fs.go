@@ -36,6 +36,7 @@ type FS struct {
 	ignoreChecksums bool
 	cache           blockCache
 	journal         *overlay     // nil: nothing to replay
+	tx              *Tx          // whose changes are read; nil: none
 	fc              *fastCommits // nil: none to replay
 }
 

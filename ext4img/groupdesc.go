@@ -265,6 +265,9 @@ func (s *Superblock) hasSuper(group int64) bool {
 // groupDesc reads the descriptor of a group. Its bitmaps and inode table lie
 // inside the file system.
 func (f *FS) groupDesc(group int64) (groupDesc, error) {
+	if d := f.tx.stagedDesc(group); d != nil {
+		return *d, nil
+	}
 	s := f.sb
 	block, off := s.groupDescPlace(group)
 	b, err := f.block(block)

@@ -453,6 +453,74 @@ func FuzzFS(f *testing.F) {
 	})
 }
 
+// FuzzCheck checks what FuzzFS reads. What Check finds no error in, and can be
+// edited, is sound again after an edit.
+func FuzzCheck(f *testing.F) {
+	seeds := fuzzSeeds(f)
+	for i := range seeds {
+		f.Add([]byte{byte(i)})
+		for k := range seeds[i].blocks {
+			off := uint16(k*53) % uint16(seeds[i].size)
+			f.Add([]byte{byte(i), byte(k), byte(k >> 8), byte(off), byte(off >> 8), byte(k * 7)})
+		}
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if len(data) == 0 || len(data) > 500 {
+			return
+		}
+		s := seeds[int(data[0]&0x7f)%len(seeds)]
+		dev := s.dev.Clone()
+		for e := data[1:]; len(e) >= 5; e = e[5:] {
+			block := s.blocks[int(binary.LittleEndian.Uint16(e))%len(s.blocks)]
+			off := int64(binary.LittleEndian.Uint16(e[2:])) % s.size
+			if _, err := dev.WriteAt(e[4:5], block*s.size+off); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if data[0]&0x80 == 0 {
+			fixChecksums(dev)
+		}
+		sound := func() bool {
+			start := time.Now()
+			errs := 0
+			for f, err := range Check(t.Context(), dev, &CheckOptions{MaxFindings: 50}) {
+				if err != nil || f.Severity == Error {
+					errs++
+				}
+			}
+			if d := time.Since(start); d > 10*time.Second {
+				t.Errorf("took %v", d)
+			}
+			return errs == 0
+		}
+		if !sound() {
+			return
+		}
+		e, err := OpenEditor(t.Context(), dev, nil)
+		if err != nil {
+			return
+		}
+		tx, err := e.Begin()
+		if err != nil {
+			t.Fatal(err)
+		}
+		ino, err := tx.Mkdir(RootIno, "fuzz", Attr{Mode: 0o755})
+		if err == nil {
+			_, err = tx.Create(ino, "file", Attr{})
+		}
+		if err != nil {
+			tx.Discard()
+			return
+		}
+		if err := tx.Commit(t.Context()); err != nil {
+			return
+		}
+		if !sound() {
+			t.Error("an edit has damaged the file system")
+		}
+	})
+}
+
 // FuzzFastCommit replays fast commits of any content.
 func FuzzFastCommit(f *testing.F) {
 	seeds := fuzzSeeds(f)

@@ -318,74 +318,103 @@ func parseDxRoot(p place, s *Superblock, b []byte) (dxRoot, error) {
 	return r, nil
 }
 
-// dxFind looks a name up by the index of a directory. It returns nil where
-// there is no such entry.
-func (f *FS) dxFind(n *Inode, name string) (*dirEntry, error) {
+// dxStep is an index block on the way to a leaf: where it lies in the
+// directory, and which of its entries leads on.
+type dxStep struct {
+	dxNode
+	logical int64
+	at      int
+}
+
+// dxPath returns the index blocks from the root of a directory to the leaf in
+// which a hash begins, and the root.
+func (f *FS) dxPath(n *Inode, name string) (root dxRoot, hash uint32, path []dxStep, err error) {
 	b, block, err := f.dirBlockAt(n, 0)
 	if err != nil {
-		return nil, err
+		return root, 0, nil, err
 	}
 	p := place{"htree root", n.Ino, block}
-	root, err := parseDxRoot(p, f.sb, b)
-	if err != nil {
-		return nil, err
+	if root, err = parseDxRoot(p, f.sb, b); err != nil {
+		return root, 0, nil, err
 	}
 	hash, ok := dirhashVersion(root.version, []byte(name), &f.sb.HashSeed)
 	if !ok {
-		return nil, p.unsupported("hash_version", "%d", root.version)
+		return root, 0, nil, p.unsupported("hash_version", "%d", root.version)
 	}
-	// Leaves of the hash follow each other as long as the lowest bit of the
-	// next one's hash says so; the way to the next one can lead up.
-	type step struct {
-		dxNode
-		at int
-	}
-	path := []step{{root.dxNode, 0}}
+	path = []dxStep{{root.dxNode, 0, 0}}
 	for i := 0; ; i++ {
 		s := &path[i]
 		s.at = sort.Search(s.count-1, func(k int) bool { h, _ := s.entry(k + 1); return h > hash })
 		if i == root.levels {
-			break
+			return root, hash, path, nil
 		}
 		child, err := f.dxChild(n, s.dxNode, s.at)
 		if err != nil {
-			return nil, err
+			return root, 0, nil, err
 		}
-		path = append(path, step{child, 0})
+		_, logical := s.entry(s.at)
+		path = append(path, dxStep{child, logical, 0})
 	}
+}
+
+// dxFind looks a name up by the index of a directory, and returns the block of
+// the directory that it is in, too. It returns nil where there is no such entry.
+func (f *FS) dxFind(n *Inode, name string) (*dirEntry, int64, error) {
+	root, hash, path, err := f.dxPath(n, name)
+	if err != nil {
+		return nil, 0, err
+	}
+	// Leaves of the hash follow each other as long as the lowest bit of the
+	// next one's hash says so; the way to the next one can lead up.
 	for range n.Size / int64(f.sb.BlockSize) { // each leaf once
 		_, logical := path[root.levels].entry(path[root.levels].at)
-		b, block, err := f.dirBlockAt(n, logical)
+		b, block, err := f.leafAt(n, path, logical)
 		if err != nil {
-			return nil, err
-		}
-		if isDxBlock(b, logical) {
-			return nil, p.corrupt("block", "%d of a leaf is part of the index", logical)
+			return nil, 0, err
 		}
 		d, err := findDirent(place{"directory block", n.Ino, block}, f.sb, b, name)
 		if d != nil || err != nil {
-			return d, err
+			return d, logical, err
 		}
 		i := root.levels
 		for i >= 0 && path[i].at+1 == path[i].count {
 			i--
 		}
 		if i < 0 {
-			return nil, nil
+			return nil, 0, nil
 		}
 		path[i].at++
 		if h, _ := path[i].entry(path[i].at); h != hash|1 {
-			return nil, nil
+			return nil, 0, nil
 		}
 		for ; i < root.levels; i++ {
 			child, err := f.dxChild(n, path[i].dxNode, path[i].at)
 			if err != nil {
-				return nil, err
+				return nil, 0, err
 			}
-			path[i+1] = step{child, 0}
+			_, logical := path[i].entry(path[i].at)
+			path[i+1] = dxStep{child, logical, 0}
 		}
 	}
-	return nil, p.corrupt("", "has more leaves of one hash than the directory has blocks")
+	return nil, 0, place{"htree root", n.Ino, -1}.corrupt("", "has more leaves of one hash than the directory has blocks")
+}
+
+// leafAt reads the leaf that the index blocks of a path lead to, or a block of a
+// directory without index, whose path is empty. Without
+// checksums a leaf whose entries were all removed looks like an index block.
+func (f *FS) leafAt(n *Inode, path []dxStep, logical int64) (b []byte, block int64, err error) {
+	b, block, err = f.dirBlockAt(n, logical)
+	if err != nil {
+		return nil, 0, err
+	}
+	index := len(path) > 0 && f.sb.hasCsum() && isDxBlock(b, logical)
+	for i := range path {
+		index = index || path[i].logical == logical
+	}
+	if index {
+		return nil, 0, place{"htree", n.Ino, block}.corrupt("block", "%d of a leaf is part of the index", logical)
+	}
+	return b, block, nil
 }
 
 // dxChild reads the index block that an entry leads to.
@@ -426,7 +455,8 @@ func findDirent(p place, s *Superblock, b []byte, name string) (*dirEntry, error
 	var found *dirEntry
 	err := eachDirent(p, s, b, func(d dirEntry) bool {
 		if string(d.name) == name {
-			found = &d
+			e := d // what does not match needs no memory
+			found = &e
 		}
 		return found == nil
 	})

@@ -191,7 +191,7 @@ func (f *filler) putInode(b []byte, ino uint32) {
 		if len(body) > 0 {
 			area := b[inodeBody:]
 			binary.LittleEndian.PutUint32(area, xattrMagic)
-			encodeXattrs(area, 4, 4, body, false, l.eaInode)
+			encodeXattrs(area, 4, 4, l.entries(body), false)
 		}
 		if len(block) > 0 {
 			n.fileACL = l.geo.block(plan.blockFor(i))
@@ -465,6 +465,9 @@ func (f *FS) inodePlace(ino Ino) (block int64, off int, err error) {
 func (f *FS) rawInode(ino Ino) (b []byte, block int64, err error) {
 	if f.fc != nil && f.fc.inodes[ino] != nil {
 		return f.fc.inodes[ino], -1, nil
+	}
+	if err := f.tx.flushInode(ino); err != nil {
+		return nil, 0, err
 	}
 	block, off, err := f.inodePlace(ino)
 	if err != nil {

@@ -429,6 +429,7 @@ func TestReadFeatures(t *testing.T) {
 			compareManifests(t, readManifest(t, f), want)
 			compareBitmaps(t, f)
 			compareRoundTrip(t, f)
+			fsck(t, image)
 		})
 	}
 }

@@ -243,12 +243,12 @@ func TestReadLargeDirectories(t *testing.T) {
 		lookup := func(f *FS) {
 			t.Helper()
 			for i := 0; i < c.entries; i += 7 {
-				found, err := f.dxFind(n, name(i))
+				found, _, err := f.dxFind(n, name(i))
 				if err != nil || found == nil {
 					t.Fatalf("%s: %v, %v", name(i), found, err)
 				}
 			}
-			if found, err := f.dxFind(n, name(c.entries)); found != nil || err != nil {
+			if found, _, err := f.dxFind(n, name(c.entries)); found != nil || err != nil {
 				t.Errorf("%v, %v", found, err)
 			}
 		}

@@ -51,7 +51,7 @@ func (f *FS) lookup(n *Inode, name string) (Dirent, error) {
 	}
 	var damage error
 	if n.Flags&indexFl != 0 && f.sb.Compat&CompatDirIndex != 0 && n.Flags&(casefoldFl|inlineDataFl) == 0 {
-		d, err := f.dxFind(n, name)
+		d, _, err := f.dxFind(n, name)
 		switch {
 		case d != nil:
 			return Dirent{d.ino, FileType(d.ftype), name}, nil

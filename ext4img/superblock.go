@@ -24,7 +24,7 @@ type Superblock struct {
 	InodesCount      uint32    // 0x0: s_inodes_count
 	BlocksCount      int64     // 0x4, 0x150: s_blocks_count
 	RBlocksCount     int64     // 0x8, 0x154: s_r_blocks_count: for the superuser alone
-	FreeBlocksCount  int64     // 0xc, 0x158: s_free_blocks_count; clusters with bigalloc
+	FreeBlocksCount  int64     // 0xc, 0x158: s_free_blocks_count: those of whole clusters with bigalloc
 	FreeInodesCount  uint32    // 0x10: s_free_inodes_count
 	FirstDataBlock   int64     // 0x14: s_first_data_block
 	BlockSize        int       // 0x18: 1024 << s_log_block_size
@@ -256,7 +256,9 @@ func (s *Superblock) put(b []byte) {
 	le.PutUint32(b[0x64:], uint32(s.ROCompat))
 	copy(b[0x68:0x78], s.UUID[:])
 	le.PutUint16(b[0xce:], uint16(s.ReservedGDT))
+	le.PutUint32(b[0xe0:], uint32(s.JournalInum))
 	le.PutUint32(b[0xe8:], uint32(s.LastOrphan))
+	le.PutUint32(b[0x104:], s.FirstMetaBG)
 	le.PutUint32(b[0x248:], s.OverheadClusters)
 	if s.hasCsum() {
 		le.PutUint32(b[0x3fc:], crc32c(^uint32(0), b[:superblockSize-4]))

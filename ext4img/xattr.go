@@ -166,40 +166,62 @@ func (s xattrSet) place(blockSize int) (body, block []placedXattr, err error) {
 	return body, block, nil
 }
 
-// encodeXattrs writes entries from area[first:] on and values from the end of
-// area downwards. Offsets of values count from base. eaInode gives the inode
-// of a value that has one, and the hash of the value. Entries get their hash
-// only if hashed, as in a block.
-func encodeXattrs(area []byte, first, base int, list []placedXattr, hashed bool, eaInode func(value string) (ino, hash uint32)) {
+// encodeXattrs writes entries from area[first:] on and their values, those that
+// no inode holds, from the end of area downwards. Offsets of values count from
+// base. Entries get their hash only if hashed, as in a block; those whose value
+// an inode holds have it already.
+func encodeXattrs(area []byte, first, base int, list []xattrEntry, hashed bool) {
+	le := binary.LittleEndian
 	at, end := first, len(area)
-	for i := range list {
-		x := &list[i]
+	for _, x := range list {
 		e := area[at:]
 		e[0] = uint8(len(x.name)) // e_name_len
 		e[1] = x.index            // e_name_index
-		binary.LittleEndian.PutUint32(e[8:], uint32(len(x.value)))
+		le.PutUint32(e[4:], uint32(x.inum))
+		le.PutUint32(e[8:], uint32(x.size))
 		copy(e[xattrEntryLen:], x.name)
-		var hash uint32
-		if x.eaInode {
-			ino, valueHash := eaInode(x.value)
-			binary.LittleEndian.PutUint32(e[4:], ino) // e_value_inum
-			hash = xattrHashValue(xattrHashName(x.name), valueHash)
-		} else {
+		switch {
+		case x.inum != 0:
+			le.PutUint32(e[12:], x.hash)
+		default:
 			end -= pad4(len(x.value))
 			copy(area[end:], x.value)
 			if len(x.value) > 0 {
-				binary.LittleEndian.PutUint16(e[2:], uint16(end-base)) // e_value_offs
+				le.PutUint16(e[2:], uint16(end-base)) // e_value_offs
 			}
-			hash = xattrHashName(x.name)
-			for v := area[end : end+pad4(len(x.value))]; len(v) > 0; v = v[4:] {
-				hash = xattrHashValue(hash, binary.LittleEndian.Uint32(v))
+			if hashed {
+				le.PutUint32(e[12:], x.valueHash())
 			}
-		}
-		if hashed || x.eaInode {
-			binary.LittleEndian.PutUint32(e[12:], hash) // e_hash
 		}
 		at += x.entryLen()
 	}
+}
+
+// valueHash is e_hash of an entry whose value no inode holds.
+func (x *xattrEntry) valueHash() uint32 {
+	hash := xattrHashName(x.name)
+	for at := 0; at < len(x.value); at += 4 {
+		var word [4]byte
+		copy(word[:], x.value[at:])
+		hash = xattrHashValue(hash, binary.LittleEndian.Uint32(word[:]))
+	}
+	return hash
+}
+
+// entries returns xattrs as they are written.
+func (l *Layout) entries(list []placedXattr) []xattrEntry {
+	out := make([]xattrEntry, len(list))
+	for i, x := range list {
+		e := xattrEntry{index: x.index, name: x.name, size: int64(len(x.value))}
+		if x.eaInode {
+			ino, hash := l.eaInode(x.value)
+			e.inum, e.hash = Ino(ino), xattrHashValue(xattrHashName(x.name), hash)
+		} else {
+			e.value = []byte(x.value)
+		}
+		out[i] = e
+	}
+	return out
 }
 
 // xattrHashName is the part of e_hash that the name decides. Bytes are
@@ -217,14 +239,23 @@ func xattrHashValue(h, word uint32) uint32 { return h<<16 ^ h>>16 ^ word }
 // encodeXattrBlock makes the block of a set that refs inodes share, at a place
 // that its checksum covers.
 func (l *Layout) encodeXattrBlock(buf []byte, list []placedXattr, refs uint32, block int64) {
-	binary.LittleEndian.PutUint32(buf, xattrMagic)
-	binary.LittleEndian.PutUint32(buf[4:], refs)
-	binary.LittleEndian.PutUint32(buf[8:], 1) // h_blocks
-	encodeXattrs(buf, xattrHeaderLen, 0, list, true, l.eaInode)
+	putXattrBlock(buf, l.entries(list), refs)
+	var b [8]byte
+	binary.LittleEndian.PutUint64(b[:], uint64(block))
+	binary.LittleEndian.PutUint32(buf[16:], crc32c(crc32c(l.csumSeed, b[:]), buf))
+}
+
+// putXattrBlock writes a block of xattrs, without its checksum, over zeroes.
+func putXattrBlock(buf []byte, list []xattrEntry, refs uint32) {
+	le := binary.LittleEndian
+	le.PutUint32(buf, xattrMagic)
+	le.PutUint32(buf[4:], refs)
+	le.PutUint32(buf[8:], 1) // h_blocks
+	encodeXattrs(buf, xattrHeaderLen, 0, list, true)
 	var hash uint32
 	at := xattrHeaderLen
 	for i := range list {
-		e := binary.LittleEndian.Uint32(buf[at+12:])
+		e := le.Uint32(buf[at+12:])
 		if e == 0 { // such a block is not shared by the kernel
 			hash = 0
 			break
@@ -232,10 +263,7 @@ func (l *Layout) encodeXattrBlock(buf []byte, list []placedXattr, refs uint32, b
 		hash = hash<<16 ^ hash>>16 ^ e
 		at += list[i].entryLen()
 	}
-	binary.LittleEndian.PutUint32(buf[12:], hash)
-	var b [8]byte
-	binary.LittleEndian.PutUint64(b[:], uint64(block))
-	binary.LittleEndian.PutUint32(buf[16:], crc32c(crc32c(l.csumSeed, b[:]), buf))
+	le.PutUint32(buf[12:], hash)
 }
 
 // Xattr is an extended attribute as programs see it.
@@ -284,6 +312,8 @@ type xattrEntry struct {
 	hash  uint32 // 0xc: e_hash
 	value []byte // at e_value_offs, if inum is 0
 }
+
+func (x *xattrEntry) entryLen() int { return xattrEntryLen + pad4(len(x.name)) }
 
 // eachXattr calls fn with the xattrs of an inode. fn returns false to stop.
 func (f *FS) eachXattr(n *Inode, fn func(xattrEntry, error) bool) {

@@ -1,0 +1,262 @@
+package ext4img
+
+import (
+	"bytes"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"qimg/qcow2/blockdev"
+	"qimg/qcow2/blockdev/blocktest"
+	"qimg/qcow2/blockdev/oracle"
+)
+
+// crashCase is a file system whose commits are cut short.
+type crashCase struct {
+	name, args, size string
+	// whole: after a crash the transaction is there, or it is not; else no
+	// more than what it does not touch is as it was.
+	whole bool
+	debug string // commands of debugfs, before
+}
+
+var crashCases = []crashCase{
+	{"v3", "-t ext4 -b 1024 -J size=1", "4M", true, ""},
+	{"v3-4k", "-t ext4 -b 4096 -J size=4", "20M", true, ""},
+	{"none", "-t ext4 -b 1024 -J size=1 -O ^metadata_csum,^64bit", "4M", true, ""},
+	{"v2", "-t ext4 -b 1024 -J size=1", "4M", true, "jo -c -v 2\njc"},
+	{"ext3", "-t ext3 -b 1024 -J size=1", "4M", true, ""},
+	{"fast-commit", "-t ext4 -b 1024 -J size=2 -O fast_commit", "6M", true, ""},
+	{"no-journal", "-t ext4 -b 1024 -O ^has_journal", "3M", false, ""},
+	{"ext2", "-t ext2 -b 1024", "3M", false, ""},
+}
+
+// crashWork makes three transactions, and calls done after each.
+func crashWork(t testing.TB, dev blockdev.Device, done func(step int)) {
+	t.Helper()
+	e, err := OpenEditor(t.Context(), dev, &EditOptions{Now: func() time.Time { return time.Unix(1700000000, 0) }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	check := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for step := range 3 {
+		x, err := e.Begin()
+		check(err)
+		switch step {
+		case 0: // replace, make, grow a directory
+			check(x.WriteFile("/touched/shadow", bytes.Repeat([]byte("new shadow\n"), 300), 0o600))
+			dir, err := x.Mkdir(RootIno, "touched-dir", Attr{Mode: 0o755})
+			check(err)
+			for i := range 12 {
+				_, err := x.Create(dir, strings.Repeat("n", 100)+fmt.Sprint(i), Attr{Mode: 0o600})
+				check(err)
+			}
+			_, err = x.Symlink(RootIno, "touched-link", strings.Repeat("t/", 50), Attr{})
+			check(err)
+		case 1: // move, write into, change
+			ino, err := x.FS().Resolve("touched/big", false)
+			check(err)
+			check(x.WriteAt(ino, []byte("in the midst"), 3000))
+			check(x.Append(ino, []byte("at the end")))
+			dir, err := x.FS().Resolve("touched", false)
+			check(err)
+			check(x.Rename(dir, "shadow", RootIno, "touched-moved"))
+			mode := uint16(0o4711)
+			check(x.SetAttr(ino, SetAttr{Mode: &mode}))
+		case 2: // remove
+			dir, err := x.FS().Resolve("touched", false)
+			check(err)
+			check(x.Remove(dir, "big"))
+			check(x.RemoveAll(t.Context(), RootIno, "touched-dir"))
+			check(x.Remove(RootIno, "touched-link"))
+		}
+		check(x.Commit(t.Context()))
+		done(step)
+	}
+}
+
+// crashImage makes the image of a case, with files that stay and files that
+// are touched.
+func crashImage(t testing.TB, c crashCase) *blockdev.Memory {
+	t.Helper()
+	image := makeImage(t, c.args, c.size)
+	if c.debug != "" {
+		debugfs(t, image, c.debug)
+	}
+	e := editAt(t, image)
+	x, err := e.Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []string{"/touched", "/stays"} {
+		if err := x.MkdirAll(p, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range 10 {
+		if err := x.WriteFile(fmt.Sprintf("/stays/%d", i), bytes.Repeat([]byte{byte(i + 1)}, i*700), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := x.WriteFile("/touched/shadow", []byte("old shadow"), 0o640); err != nil {
+		t.Fatal(err)
+	}
+	if err := x.WriteFile("/touched/big", bytes.Repeat([]byte("big file "), 2000), 0o640); err != nil {
+		t.Fatal(err)
+	}
+	if err := x.Commit(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := blockdev.NewMemory(int64(len(b)))
+	if _, err := m.WriteAt(b, 0); err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+// treeOf is what a device holds, once its journal is replayed.
+func treeOf(t *testing.T, dev blockdev.Reader) manifest {
+	t.Helper()
+	f, err := Open(dev, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return readManifest(t, f)
+}
+
+// untouched is the part of a tree that the transactions leave alone.
+func untouched(m manifest) manifest {
+	out := maps.Clone(m)
+	maps.DeleteFunc(out, func(p, _ string) bool {
+		return p == "" || strings.HasPrefix(p, "touched") || strings.HasPrefix(p, "lost+found")
+	})
+	return out
+}
+
+// TestCrashCommits cuts commits short in every way that a disk can, and has
+// e2fsck repair what is left.
+func TestCrashCommits(t *testing.T) {
+	oracle.Require(t, "mke2fs", "e2fsck", "debugfs")
+	for i, c := range crashCases {
+		t.Run(c.name, func(t *testing.T) {
+			if testing.Short() && i%3 != 0 {
+				t.Skip("short")
+			}
+			base := crashImage(t, c)
+			rec, err := blocktest.NewRecorder(base.Clone())
+			if err != nil {
+				t.Fatal(err)
+			}
+			trees := []manifest{treeOf(t, base)}
+			crashWork(t, rec, func(step int) {
+				trees = append(trees, treeOf(t, rec))
+				rec.Mark(step + 1)
+			})
+			opts := &blocktest.CrashOptions{Subsets: 24, Tears: 4, Seed: uint64(i)}
+			every := 20 // states that e2fsck looks at
+			if *editLong {
+				opts, every = &blocktest.CrashOptions{}, 3
+			}
+			if !c.whole {
+				every = (every + 1) / 2
+			}
+			image := filepath.Join(t.TempDir(), "image")
+			r := rand.New(rand.NewPCG(1, 2))
+			states, looked := 0, 0
+			for s, err := range rec.CrashStates(opts) {
+				if err != nil {
+					t.Fatal(err)
+				}
+				states++
+				mark, _ := s.Mark.(int)
+				want := trees[mark : min(mark+1, len(trees)-1)+1]
+				oneOf := func(got manifest) bool {
+					for _, w := range want {
+						if maps.Equal(got, w) {
+							return true
+						}
+					}
+					return false
+				}
+				if c.whole && !oneOf(treeOf(t, s.Dev())) {
+					t.Fatalf("the tree is neither that before nor that after\n%v", s)
+				}
+				if r.IntN(every) != 0 {
+					continue
+				}
+				looked++
+				writeMemory(t, image, s.Dev())
+				args := "-p"
+				if !c.whole {
+					args = "-fy"
+				}
+				if r := oracle.Run(t, "e2fsck", args, image); r.Code > 1 {
+					t.Fatalf("e2fsck %s: %d\n%s%s\n%v", args, r.Code, r.Stdout, r.Stderr, s)
+				}
+				fsck(t, image)
+				got := treeOf(t, openMemory(t, image))
+				switch {
+				case c.whole && !oneOf(got):
+					t.Fatalf("the tree is neither that before nor that after\n%v", s)
+				case !c.whole && !maps.Equal(untouched(got), untouched(trees[0])):
+					t.Fatalf("other files have changed\n%v", s)
+				}
+				if !c.whole {
+					continue
+				}
+				// The same by an Editor.
+				dev := s.Dev().Clone()
+				if _, err := OpenEditor(t.Context(), dev, nil); err != nil {
+					t.Fatalf("%v\n%v", err, s)
+				}
+				writeMemory(t, image, dev)
+				fsck(t, image)
+				if !oneOf(treeOf(t, dev)) {
+					t.Fatalf("the tree after OpenEditor is neither that before nor that after\n%v", s)
+				}
+			}
+			t.Logf("%d states, e2fsck looked at %d", states, looked)
+			if looked < 5 {
+				t.Errorf("%d states, e2fsck looked at %d", states, looked)
+			}
+		})
+	}
+}
+
+func writeMemory(t testing.TB, path string, m *blockdev.Memory) {
+	t.Helper()
+	b := make([]byte, m.Size())
+	if _, err := m.ReadAt(b, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func openMemory(t testing.TB, path string) *blockdev.Memory {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := blockdev.NewMemory(int64(len(b)))
+	if _, err := m.WriteAt(b, 0); err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
