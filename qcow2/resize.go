@@ -41,24 +41,50 @@ func (im *Image) Resize(ctx context.Context, size int64, opts *ResizeOptions) er
 		im.mu.Lock()
 		defer im.mu.Unlock()
 	}
-	if err := im.mayChange("resize"); err != nil {
-		return err
-	}
-	if size < im.size && !opts.Shrink {
-		return OptionError("Use the --shrink option to perform a shrink operation.")
-	}
-	t, err := im.begin(ctx)
+	t, err := im.beginResize(ctx, size, opts)
 	if err != nil {
 		return err
 	}
 	defer t.abort()
-	if err := t.checkResize(size, opts.Preallocation, t.header.Version); err != nil {
-		return err
-	}
 	if err := t.resize(size, opts); err != nil {
 		return err
 	}
 	return t.commitResize()
+}
+
+// CheckResize returns the error that Resize has before it changes something.
+func (im *Image) CheckResize(ctx context.Context, size int64, opts *ResizeOptions) error {
+	if opts == nil {
+		opts = &ResizeOptions{}
+	}
+	if im.w != nil {
+		im.mu.Lock()
+		defer im.mu.Unlock()
+	}
+	t, err := im.beginResize(ctx, size, opts)
+	if err == nil {
+		t.abort()
+	}
+	return err
+}
+
+// beginResize begins a change of the size that can be done.
+func (im *Image) beginResize(ctx context.Context, size int64, opts *ResizeOptions) (*txn, error) {
+	if err := im.mayChange("resize"); err != nil {
+		return nil, err
+	}
+	if size < im.size && !opts.Shrink {
+		return nil, OptionError("Use the --shrink option to perform a shrink operation.")
+	}
+	t, err := im.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := t.checkResize(size, opts.Preallocation, t.header.Version); err != nil {
+		t.abort()
+		return nil, err
+	}
+	return t, nil
 }
 
 // checkResize tells why the disk cannot be given a size, in the order of QEMU

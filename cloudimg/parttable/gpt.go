@@ -103,7 +103,7 @@ func readGPTAt(dev blockdev.Reader, lba, ss int64) (*Table, *gptHeader, error) {
 	if sum := crc32.ChecksumIEEE(array); sum != h.arrayCRC {
 		return nil, nil, corrupt(off, "checksum of the entries is %08x, the header says %08x", sum, h.arrayCRC)
 	}
-	t := &Table{Kind: GPT, ID: h.disk.String(), SectorSize: int(ss)}
+	t := &Table{Kind: GPT, ID: h.disk.String(), SectorSize: int(ss), array: (int64(len(array)) + ss - 1) / ss * ss}
 	for i := range int(h.entries) {
 		t.addEntry(i+1, array[i*gptEntrySize:][:gptEntrySize], h, dev.Size())
 	}

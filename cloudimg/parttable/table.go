@@ -111,6 +111,7 @@ type Table struct {
 	FromBackup bool
 
 	overlap map[int]bool // numbers of partitions that share bytes
+	array   int64        // bytes that the entries of a GPT take, in whole sectors
 }
 
 // Partition returns the partition of a number. Where there is none the error
