@@ -8,6 +8,7 @@ import (
 	"os"
 	"strings"
 
+	"qimg/ext4img"
 	"qimg/qcow2/blockdev"
 )
 
@@ -123,6 +124,20 @@ func (h hostFS) open(f *File) (*os.File, error) {
 }
 
 var errReplaced = errors.New("it was replaced meanwhile")
+
+// unchanged returns an error that matches ext4img.ErrChanged unless a file is
+// as it was when it was looked at.
+func (h hostFS) unchanged(f *File) error {
+	now, err := h.root.Lstat(f.own.(hostNode).path)
+	if err != nil {
+		return err
+	}
+	is := hostFile("", now)
+	if is.key() != f.key() || is.Size != f.Size || !is.Mtime.Equal(f.Mtime) || !is.Ctime.Equal(f.Ctime) {
+		return ext4img.ErrChanged
+	}
+	return nil
+}
 
 func (h hostFS) Child(dir *File, e *Entry) (*File, error) {
 	path := e.Name
