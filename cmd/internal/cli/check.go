@@ -22,6 +22,7 @@ type checkOptions struct {
 	repair repairMode
 	dryRun bool
 	stale  bool
+	fs     bool
 }
 
 // repairMode is the value of -r; "" means none.
@@ -42,15 +43,22 @@ func (m *repairMode) Set(s string) error {
 func newCheck(host Host) *cobra.Command {
 	o := checkOptions{}
 	cmd := &cobra.Command{
-		Use:   "check [-q] [-r leaks|all [--dry-run]] [-f FORMAT] [--output=human|json] FILE",
+		Use:   "check [-q] [-r leaks|all [--dry-run] | --fs] [-f FORMAT] [--output=human|json] FILE",
 		Short: "Check the tables of an image, and repair them",
 		Long: "Check the tables of an image. With -r what is wrong is repaired, all of it in one\n" +
 			"step: a crash leaves the image as it was, or repaired. Then it is checked again.\n" +
 			"-r leaks fails if refcounts are so wrong that they have to be built anew, which\n" +
 			"-r all does.\n\n" +
+			"With --fs the ext2, ext3 and ext4 file systems in IMAGE[@SNAPSHOT][:PART] are checked\n" +
+			"instead, as e2fsck -n does, but with their journals replayed in memory. JSON is an\n" +
+			"object: image, and file-systems, an array of partition, type, errors, notes and\n" +
+			"findings, each of kind, severity, detail and where they are known group, inode, block.\n\n" +
 			"Exit status: 0 the image is good, 1 it could not be checked, 2 it is corrupt,\n" +
 			"3 it has leaked clusters but is good otherwise, 63 its format has nothing to check.",
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if o.fs {
+				return runCheckFS(cmd.Context(), host, &o, args)
+			}
 			return runCheck(cmd.Context(), host, &o, args)
 		},
 	}
@@ -62,6 +70,7 @@ func newCheck(host Host) *cobra.Command {
 	f.BoolVarP(&o.quiet, "quiet", "q", false, "print errors only")
 	f.VarP(&o.repair, "repair", "r", "repair leaked clusters only (leaks), or whatever can be (all)")
 	f.BoolVar(&o.dryRun, "dry-run", false, "with -r: print what a repair would change, and change nothing")
+	f.BoolVar(&o.fs, "fs", false, "check the file systems in the image, not its tables")
 	f.BoolVar(&o.stale, "stale", false, "tell of copied flags in tables of snapshots that are out of date, which is allowed")
 	return cmd
 }

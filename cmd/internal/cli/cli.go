@@ -109,6 +109,7 @@ func newRoot(host Host) *cobra.Command {
 		newMeasure(host),
 		newRebase(host),
 		newResize(host),
+		newRm(host),
 		newSnapshot(host),
 		newStat(host),
 		newTar(host),

@@ -21,12 +21,13 @@ type cpOptions struct {
 	archive   bool
 	devices   bool
 	owner     string
+	dryRun    bool
 }
 
 func newCp(host Host) *cobra.Command {
 	o := cpOptions{}
 	cmd := &cobra.Command{
-		Use:   "cp [-r] [-a] [--devices] [--owner UID[:GID]] SOURCE... DESTINATION",
+		Use:   "cp [-r] [-a] [--devices] [--owner UID[:GID]] [-n] SOURCE... DESTINATION",
 		Short: "Copy files out of images, into them, and between them",
 		Long: "Copy files out of images, into them, and between them. If DESTINATION is a directory\n" +
 			"it gets the files under their names; a SOURCE that is the root directory, or ends in\n" +
@@ -53,6 +54,7 @@ func newCp(host Host) *cobra.Command {
 	f.BoolVarP(&o.recursive, "recursive", "r", false, "copy directories with all below")
 	f.BoolVarP(&o.archive, "archive", "a", false, "as -r, and keep owners, setuid bits, extended attributes and ACLs")
 	f.BoolVar(&o.devices, "devices", false, "out of an image: make device nodes, which needs root")
+	f.BoolVarP(&o.dryRun, "dry-run", "n", false, "into an image: change nothing, and print what would be made (A) and replaced (M)")
 	f.StringVar(&o.owner, "owner", "", "into an image: UID[:GID] that what is made belongs to, GID being UID if not given")
 	o.open.addPlaceFlags(f, host)
 	return cmd
@@ -91,9 +93,12 @@ func runCp(ctx context.Context, host Host, o *cpOptions, args []string) error {
 		}
 	}
 	c := &copying{ctx: ctx, o: o, bad: problems{host: host}, images: &places{open: &o.open}}
-	defer c.images.close()
+	defer c.close()
 	if to.host == "" {
-		return usagef("'%s' is in an image, and files are copied out of images only", printable(to.arg))
+		return c.in(sources, &to.place)
+	}
+	if o.dryRun || o.owner != "" {
+		return usagef("--dry-run and --owner are for copies into an image")
 	}
 	if err := c.out(sources, to.host); err != nil {
 		return err
@@ -107,6 +112,18 @@ type copying struct {
 	o      *cpOptions
 	bad    problems
 	images *places
+	roots  []*os.Root // of sources
+	temps  []string   // directories that are removed
+}
+
+func (c *copying) close() {
+	c.images.close()
+	for _, r := range c.roots {
+		r.Close()
+	}
+	for _, t := range c.temps {
+		os.RemoveAll(t)
+	}
 }
 
 // out copies files out of images.

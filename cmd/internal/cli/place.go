@@ -129,6 +129,7 @@ type places struct {
 	open   *openOptions
 	fs     guest.FSOptions
 	images []*openPlace
+	shared string // an image that the command has open for writing
 }
 
 // openPlace is an image that was taken apart.
@@ -153,16 +154,18 @@ func (o *places) disk(ctx context.Context, p *place) (*openPlace, error) {
 			return d, nil
 		}
 	}
-	img, err := openImage(ctx, p.image, o.open)
+	open := *o.open
+	open.forceShare = open.forceShare || o.shared != "" && p.image == o.shared
+	img, err := openImage(ctx, p.image, &open)
 	if err != nil {
 		return nil, couldNotOpen(p.image, err)
 	}
 	d := &openPlace{p.image, p.snapshot, img, nil, map[int]guest.FS{}}
-	if img.inUse != nil && !o.open.forceShare {
+	if img.inUse != nil && !open.forceShare {
 		err = img.inUse
 	}
 	if err == nil {
-		d.img, err = useSnapshot(ctx, img, &snapshotArg{any: p.snapshot}, o.open)
+		d.img, err = useSnapshot(ctx, img, &snapshotArg{any: p.snapshot}, &open)
 	}
 	if err == nil {
 		d.disk, err = guest.Open(d.img.reader())

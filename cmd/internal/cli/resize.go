@@ -16,19 +16,23 @@ type resizeOptions struct {
 	open     openOptions
 	prealloc preallocationFlag
 	shrink   bool
+	fs       bool
 	quiet    bool
 }
 
 func newResize(host Host) *cobra.Command {
 	o := resizeOptions{}
 	cmd := &cobra.Command{
-		Use:   "resize [-q] [-f FORMAT] [--preallocation=MODE] [--shrink] FILE [+|-]SIZE",
+		Use: "resize [-q] [-f FORMAT] [--preallocation=MODE] [--shrink] FILE [+|-]SIZE\n" +
+			"  qimg resize --fs [-q] [-f FORMAT] [--shrink] FILE[:PART] [+|-]SIZE|min|max",
 		Short: "Change the size of a disk",
 		Long: "Change the size of a disk to SIZE, or by it with + or -. What the disk gains\n" +
 			"reads as zeroes. An image of version 2 that has snapshots has to be made one of\n" +
 			"version 3 first: qimg amend -o compat=1.1.",
 		Example: "  qimg resize disk.qcow2 20G\n" +
-			"  qimg resize --shrink disk.qcow2 -5G",
+			"  qimg resize --shrink disk.qcow2 -5G\n" +
+			"  qimg resize --fs disk.qcow2 20G\n" +
+			"  qimg resize --fs disk.qcow2 min",
 		Annotations: map[string]string{lastOperand: "SIZE"},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return runResize(cmd.Context(), host, &o, args)
@@ -38,6 +42,7 @@ func newResize(host Host) *cobra.Command {
 	o.open.addFlags(f, host)
 	f.Var(&o.prealloc, "preallocation", "of what the disk gains: off, metadata, falloc or full")
 	f.BoolVar(&o.shrink, "shrink", false, "allow a smaller size: what lies beyond it is lost")
+	f.BoolVar(&o.fs, "fs", false, "resize the last partition and the file system in it, too")
 	f.BoolVarP(&o.quiet, "quiet", "q", false, "print errors only")
 	return cmd
 }
@@ -58,16 +63,11 @@ func runResize(ctx context.Context, host Host, o *resizeOptions, args []string) 
 	if len(args) != 2 {
 		return usagef("Expecting image file name and size")
 	}
-	name, size := args[0], args[1]
-	sign := int64(0)
-	switch size[:min(len(size), 1)] {
-	case "+":
-		sign, size = 1, size[1:]
-	case "-":
-		sign, size = -1, size[1:]
+	if o.fs {
+		return runResizeFS(ctx, host, o, args)
 	}
-	l := newOptionList([]optionDesc{{"size", sizeOption, "", ""}})
-	if err := l.set("size", size); err != nil {
+	name := args[0]
+	if _, err := newDiskSize(args[1], 0); err != nil { // before the image is looked at
 		return err
 	}
 	o.open.chain, o.open.write = true, true
@@ -76,9 +76,10 @@ func runResize(ctx context.Context, host Host, o *resizeOptions, args []string) 
 		return couldNotOpen(name, err)
 	}
 	defer img.closeTo(&err)
-	n, current := int64(l.uint("size")), img.size()
-	if sign != 0 {
-		n = current + sign*n
+	current := img.size()
+	n, err := newDiskSize(args[1], current)
+	if err != nil {
+		return err
 	}
 	switch {
 	case n <= 0:
@@ -91,12 +92,7 @@ func runResize(ctx context.Context, host Host, o *resizeOptions, args []string) 
 			"Before performing such an operation, make sure there is no important data there.")
 		return exit(exitFailed)
 	}
-	if img.qcow2 == nil {
-		err = resizeRaw(ctx, img, n, o.prealloc.Preallocation)
-	} else {
-		err = img.qcow2.Resize(ctx, n, &qcow2.ResizeOptions{Shrink: o.shrink, Preallocation: o.prealloc.Preallocation})
-	}
-	if err != nil {
+	if err := img.resize(ctx, n, &qcow2.ResizeOptions{Shrink: o.shrink, Preallocation: o.prealloc.Preallocation}); err != nil {
 		return resizeError(ctx, img, err)
 	}
 	if !o.quiet {
@@ -105,11 +101,27 @@ func runResize(ctx context.Context, host Host, o *resizeOptions, args []string) 
 	return nil
 }
 
+// resize gives an image a size.
+func (img *image) resize(ctx context.Context, size int64, opts *qcow2.ResizeOptions) error {
+	if img.qcow2 == nil {
+		return resizeRaw(ctx, img, size, opts.Preallocation)
+	}
+	return img.qcow2.Resize(ctx, size, opts)
+}
+
+// checkResizeRaw returns the error of a raw disk that is part of a file.
+func checkResizeRaw(img *image) error {
+	if slices.ContainsFunc(img.options, func(m member) bool { return m.key == "size" }) {
+		return messagef("Cannot resize fixed-size raw disks")
+	}
+	return nil
+}
+
 // resizeRaw gives a raw disk a size. On an error it is as long as before.
 func resizeRaw(ctx context.Context, img *image, size int64, prealloc qcow2.Preallocation) error {
 	f := img.file
-	if slices.ContainsFunc(img.options, func(m member) bool { return m.key == "size" }) {
-		return messagef("Cannot resize fixed-size raw disks")
+	if err := checkResizeRaw(img); err != nil {
+		return err
 	}
 	old := f.Size()
 	size += old - img.dev.Size() // what lies before the disk
