@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"time"
 
 	"qimg/ext4img"
@@ -17,6 +18,9 @@ type ImportOptions struct {
 	Archive bool
 	// Owner, if not nil, is that of all that is made.
 	Owner *ext4img.Owner
+	// Self, if not nil, is the file of the host that the file system lies in. It
+	// is an error to copy it.
+	Self fs.FileInfo
 	// Skipped is told what of a file was not kept.
 	Skipped func(path, why string)
 	// Made is told the path of each file that is made, or replaced, from the
@@ -59,6 +63,7 @@ func NewImporter(c *Edits, opts *ImportOptions) *Importer {
 var (
 	errSameFile = errors.New("source and destination are the same file")
 	errIntoSelf = errors.New("a directory is copied into itself")
+	errIsImage  = errors.New("the image cannot be copied into itself")
 )
 
 // Copy copies a file, and all below it if it is a directory, to a name in a
@@ -124,6 +129,9 @@ func (m *Importer) node(dir ext4img.Ino, name string, n *Node) error {
 		case n.IsDir() && m.made[ext4img.Ino(n.Ino)]:
 			return errIntoSelf
 		}
+	}
+	if _, ok := m.fs.(hostFS); ok && m.opts.Self != nil && os.SameFile(n.own.(hostNode).info, m.opts.Self) {
+		return errIsImage
 	}
 	if m.opts.Made != nil && !(n.IsDir() && old != nil) {
 		m.opts.Made(n.Path, old != nil)

@@ -38,9 +38,11 @@ func newCp(host Host) *cobra.Command {
 			"Out of an image, owners need root, and nothing outside of DESTINATION is written,\n" +
 			"whatever the image holds. Each file is complete or not there.\n\n" +
 			"Into an image with an ext2, ext3 or ext4 file system all is copied or nothing, also\n" +
-			"after a crash: it is one transaction of the journal. Owners are those of the source,\n" +
-			"or --owner; without -a a file that is there keeps its owner, permissions and extended\n" +
-			"attributes. A damaged file system, and an image that a machine uses, is refused.\n\n" + placeHelp,
+			"after a crash: it is one transaction of the journal. What does not fit the journal is\n" +
+			"copied in several, which is said; without a journal a crash can leave a part, sound\n" +
+			"after e2fsck. Owners are those of the source, or --owner; without -a a file that is\n" +
+			"there keeps its owner, permissions and extended attributes. A damaged file system, and\n" +
+			"an image that a machine uses, is refused.\n\n" + placeHelp,
 		Example: "  qimg cp disk.qcow2:/etc/hosts .\n" +
 			"  qimg cp -a disk.qcow2@before:/home backup\n" +
 			"  qimg cp --owner 0 motd disk.qcow2:/etc/motd\n" +

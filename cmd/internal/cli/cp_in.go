@@ -50,7 +50,7 @@ func (s *copySource) error(err error) error {
 	if pe := (*guest.PathError)(nil); errors.As(err, &pe) {
 		p, err = pe.Path, pe.Err
 	}
-	if fe := (*fs.PathError)(nil); errors.As(err, &fe) {
+	if fe, ok := err.(*fs.PathError); ok { // another one in it is about the image
 		err = fe.Err
 	}
 	if p != "" {
@@ -82,6 +82,10 @@ func (c *copying) in(sources []endpoint, to *place) (err error) {
 		}
 		list = append(list, s)
 	}
+	self, err := os.Stat(to.image)
+	if err != nil { // it is not named by a path
+		self = nil
+	}
 	err = e.run(c.ctx, func(x *guest.Edits) error {
 		dir, base, old, err := copyTarget(e.fs, x.Tx(), to.path)
 		if err != nil {
@@ -95,6 +99,7 @@ func (c *copying) in(sources []endpoint, to *place) (err error) {
 		m := guest.NewImporter(x, &guest.ImportOptions{
 			Archive: c.o.archive,
 			Owner:   owner,
+			Self:    self,
 			Skipped: func(path, why string) {
 				c.bad.host.warn("%s", now.error(&guest.PathError{Path: path, Err: errors.New(why)}))
 			},

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -220,6 +221,8 @@ func TestEditRefused(t *testing.T) {
 		{"cp -r src/dir fs.qcow2:/file", "src/dir: not a directory"},
 		{"cp -r fs.qcow2:/dir fs.qcow2:/dir/below", "a directory is copied into itself"},
 		{"cp fs.qcow2:/file fs.qcow2:/", "source and destination are the same file"},
+		{"cp file fs.qcow2 fs.qcow2:/", "fs.qcow2: the image cannot be copied into itself"},
+		{"cp -r file . fs.qcow2:/dir", "./fs.qcow2: the image cannot be copied into itself"},
 		{"cp file fs.qcow2@one:/", "a snapshot cannot be changed"},
 		{"cp file fs.vmdk:/", "which qimg reads and does not write"},
 		{"cp --owner root file fs.qcow2:/", "expected numbers UID[:GID]"},
@@ -329,6 +332,40 @@ func TestEditLarge(t *testing.T) {
 	}
 	sound(t, "fs.qcow2")
 	if got := mustRun(t, "ls", "fs.qcow2:/"); got != "lost+found\n" {
+		t.Errorf("%q", got)
+	}
+}
+
+// TestCpInFullHost copies more than the host has room for: the error is about
+// the image, which has what it had.
+func TestCpInFullHost(t *testing.T) {
+	oracle.RequireRoot(t)
+	t.Chdir(t.TempDir())
+	if err := os.Mkdir("small", 0o777); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", "small", "tmpfs", 0, "size=6m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount("small", 0); err != nil {
+			t.Error(err)
+		}
+	})
+	emptyImage(t, "small/fs.qcow2", "32M", "-t", "ext4")
+	writeFile(t, "file", "content")
+	large := make([]byte, 8<<20)
+	rand.NewChaCha8([32]byte{}).Read(large)
+	if err := os.WriteFile("large", large, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	mustRun(t, "cp", "file", "small/fs.qcow2:/")
+	want := regexp.MustCompile(`^[a-z-]+: large: ext4: write of blocks from \d+ on: .*small/fs.qcow2.*: no space left on device\n$`)
+	if r := run(t, "cp", "large", "file", "small/fs.qcow2:/lost+found"); r.Code != 1 || !want.MatchString(r.Stderr) {
+		t.Errorf("%+v", r)
+	}
+	sound(t, "small/fs.qcow2")
+	if got := mustRun(t, "ls", "small/fs.qcow2:/lost+found") + mustRun(t, "cat", "small/fs.qcow2:/file"); got != "content" {
 		t.Errorf("%q", got)
 	}
 }

@@ -26,8 +26,10 @@ func newRm(host Host) *cobra.Command {
 		Short: "Remove files in images",
 		Long: "Remove files in images, of ext2, ext3 and ext4 file systems. Symlinks on the way are\n" +
 			"followed, and one that is named is removed itself. In each file system all is removed\n" +
-			"or nothing, also after a crash: it is one transaction of the journal. A damaged file\n" +
-			"system, and an image that a machine uses, is refused.\n\n" + placeHelp,
+			"or nothing, also after a crash: it is one transaction of the journal. What does not\n" +
+			"fit the journal is removed in several, which is said; without a journal a crash can\n" +
+			"leave a part, sound after e2fsck. A damaged file system, and an image that a machine\n" +
+			"uses, is refused.\n\n" + placeHelp,
 		Example: "  qimg rm disk.qcow2:/etc/machine-id\n" +
 			"  qimg rm -r -n disk.qcow2:/var/cache/apt",
 		RunE: func(cmd *cobra.Command, args []string) error {
