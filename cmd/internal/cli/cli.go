@@ -107,6 +107,7 @@ func newRoot(host Host) *cobra.Command {
 		newLs(host),
 		newMap(host),
 		newMeasure(host),
+		newMkdir(host),
 		newRebase(host),
 		newResize(host),
 		newRm(host),

@@ -25,6 +25,19 @@ type editing struct {
 	fs     *ext4img.FS
 }
 
+// placeGroups are places by file system.
+type placeGroups [][]*place
+
+func (g *placeGroups) add(p *place) {
+	for i, have := range *g {
+		if q := have[0]; sameFile(q.image, p.image) && q.part == p.part && q.snapshot == p.snapshot {
+			(*g)[i] = append(have, p)
+			return
+		}
+	}
+	*g = append(*g, []*place{p})
+}
+
 // openEditing opens the file system of a place. For a dry run the image is
 // opened for reading alone, and what is written is held in memory.
 func openEditing(ctx context.Context, host Host, p *place, o *openOptions, dryRun bool) (_ *editing, err error) {

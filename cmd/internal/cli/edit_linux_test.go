@@ -226,6 +226,13 @@ func TestEditRefused(t *testing.T) {
 		{"cp file fs.qcow2@one:/", "a snapshot cannot be changed"},
 		{"cp file fs.vmdk:/", "which qimg reads and does not write"},
 		{"cp --owner root file fs.qcow2:/", "expected numbers UID[:GID]"},
+		{"mkdir fs.qcow2:/dir", "fs.qcow2:/dir: ext4: name \"dir\": file already exists"},
+		{"mkdir fs.qcow2:/new fs.qcow2:/nope/new", "fs.qcow2:/nope/new: no such file or directory"},
+		{"mkdir -p fs.qcow2:/new fs.qcow2:/file/new", "fs.qcow2:/file/new: /file: not a directory"},
+		{"mkdir -p fs.qcow2:/dangling/new", "fs.qcow2:/dangling/new: ext4: name \"dangling\": file already exists"},
+		{"mkdir fs.qcow2:/", "fs.qcow2:/: file exists"},
+		{"mkdir fs.qcow2@one:/new", "a snapshot cannot be changed"},
+		{"mkdir --mode 8 fs.qcow2:/new", "--mode '8': expected octal digits, 7777 at most"},
 		{"rm fs.qcow2:/dir", "is a directory, which is removed with -r"},
 		{"rm -r fs.qcow2:/", "is the root directory, which cannot be removed"},
 		{"rm -r fs.qcow2:/dir/..", "is the root directory, which cannot be removed"},
@@ -245,6 +252,7 @@ func TestEditRefused(t *testing.T) {
 	// Dry runs.
 	for args, want := range map[string]string{
 		"cp -n -r file src/. src fs.qcow2:/":             "M /file\nM /dangling\nA /src\nA /src/dangling\nA /src/dir\nA /src/dir/below\n",
+		"mkdir -n -p fs.qcow2:/dir/a/b fs.qcow2:/dir":    "A /dir/a\nA /dir/a/b\n",
 		"rm -n -r fs.qcow2:/dir fs.qcow2:/file":          "D /dir\nD /dir/below\nD /file\n",
 		"rm -n --ignore-missing fs.qcow2:/nope":          "",
 		"cp -n large fs.qcow2:/file":                     "M /file\n",

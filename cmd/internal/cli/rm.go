@@ -50,7 +50,7 @@ func runRm(ctx context.Context, host Host, o *rmOptions, args []string) error {
 	if len(args) == 0 {
 		return usagef("Expecting a file in an image")
 	}
-	var groups [][]*place // by file system
+	var groups placeGroups
 	for _, arg := range args {
 		p, ok := parsePlace(arg, o.open.imageOpts)
 		if !ok {
@@ -62,16 +62,7 @@ func runRm(ctx context.Context, host Host, o *rmOptions, args []string) error {
 		case base == "." || base == "..":
 			return p.error("", errors.New("the names . and .. cannot be removed"))
 		}
-		found := false
-		for i, g := range groups {
-			if found = sameFile(g[0].image, p.image) && g[0].part == p.part && g[0].snapshot == p.snapshot; found {
-				groups[i] = append(g, &p)
-				break
-			}
-		}
-		if !found {
-			groups = append(groups, []*place{&p})
-		}
+		groups.add(&p)
 	}
 	for _, g := range groups {
 		if err := remove(ctx, host, o, g); err != nil {
