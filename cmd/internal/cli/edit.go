@@ -104,6 +104,9 @@ func (e *editing) run(ctx context.Context, work func(*guest.Edits) error) error 
 	}}
 	n, err := guest.Edit(ctx, e.editor, opts, work)
 	if err != nil && n > 0 {
+		if errors.Is(err, context.Canceled) { // something is left behind, which exitInterrupted denies
+			err = fmt.Errorf("%s: interrupted", printable(e.place.image))
+		}
 		err = withHint(err, fmt.Sprintf("%d transactions were done before: a part of the files is changed\n", n))
 	}
 	return err
