@@ -264,8 +264,8 @@ func (c *checker) inode(ino Ino) *checkInode {
 }
 
 // claim marks a run of blocks, inside of the file system, as in use, and finds
-// those that were already.
-func (c *checker) claim(k Kind, ino Ino, start, n int64) {
+// those that were already: it reports whether there are any.
+func (c *checker) claim(k Kind, ino Ino, start, n int64) (twice bool) {
 	s := c.sb
 	ratio := s.clusterRatio()
 	end := start + n
@@ -282,8 +282,10 @@ func (c *checker) claim(k Kind, ino Ino, start, n int64) {
 		setBits(grp.used, from, to)
 		grp.mu.Unlock()
 		if shared < to {
+			twice = true
 			c.find(k, g, ino, s.groupStart(g)+shared*ratio, "is in use twice")
 		}
 		start = stop
 	}
+	return twice
 }

@@ -233,12 +233,15 @@ func (m *checkMap) checkSize() {
 }
 
 // own claims blocks of the inode, and counts their clusters. Blocks of one
-// cluster follow each other.
+// cluster follow each other. What lies in blocks that others have, too, is not
+// looked into, so that the work is bounded by the blocks that there are.
 func (m *checkMap) own(logical, start, n int64) {
 	ratio := m.c.sb.clusterRatio()
 	if ratio == 1 {
 		m.blocks += n
-		m.c.claim(BlockShared, m.n.Ino, start, n)
+		if m.c.claim(BlockShared, m.n.Ino, start, n) && (logical < 0 || m.n.IsDir()) {
+			m.damaged = true
+		}
 		return
 	}
 	if logical >= 0 && (start-m.c.sb.FirstDataBlock)%ratio != logical%ratio {
@@ -253,7 +256,9 @@ func (m *checkMap) own(logical, start, n int64) {
 	}
 	if first < end {
 		m.blocks += end - first
-		m.c.claim(BlockShared, m.n.Ino, first, min(end, m.c.sb.BlocksCount)-first)
+		if m.c.claim(BlockShared, m.n.Ino, first, min(end, m.c.sb.BlocksCount)-first) && (logical < 0 || m.n.IsDir()) {
+			m.damaged = true
+		}
 	}
 	if logical >= 0 {
 		m.cluster = end - ratio
@@ -317,7 +322,9 @@ func (m *checkMap) checkExtents(b []byte, p place, depth int, from, to int64) {
 			return
 		}
 		at = next
-		m.own(-1, child, 1)
+		if m.own(-1, child, 1); m.damaged {
+			return
+		}
 		cp := place{"extent block", m.n.Ino, child}
 		cb, err := m.c.fs.block(child)
 		if err == nil && s.hasCsum() {
@@ -385,7 +392,9 @@ func (m *checkMap) pointer(block int64, level int, logical int64) {
 		m.mapped(extent{logical: logical, physical: block, len: 1})
 		return
 	}
-	m.own(-1, block, 1)
+	if m.own(-1, block, 1); m.damaged {
+		return
+	}
 	b, err := m.c.fs.block(block)
 	if err != nil {
 		m.fail(err)
