@@ -138,6 +138,9 @@ func (e *Editor) openJournal(ctx context.Context) error {
 	if err := readFull(j.log, j.super, 0); err != nil {
 		return err
 	}
+	if err := j.checkSuper(); err != nil {
+		return err
+	}
 	for at := int64(0); at < j.maxLen*j.blockSize; {
 		n, phys, _, err := j.log.run(at)
 		if err != nil {
@@ -156,6 +159,21 @@ func (e *Editor) openJournal(ctx context.Context) error {
 	}
 	j.upgrade(s)
 	return nil
+}
+
+// checkSuper refuses what e2fsck does not take for the superblock of a journal
+// of one file system.
+func (j *journalWriter) checkSuper() error {
+	be := binary.BigEndian
+	var field string
+	if v1 := be.Uint32(j.super[4:]) == jbd2SuperblockV1; v1 && !isZero(j.super[0x24:0x100]) {
+		field = "s_feature_compat"
+	} else if !v1 && be.Uint32(j.super[0x40:]) > 1 {
+		field = "s_nr_users"
+	} else {
+		return nil
+	}
+	return &FormatError{"journal", j.log.in.Ino, -1, field, "is not that of a journal inside of a file system: run e2fsck", ErrNotClean}
 }
 
 // replay does on the device what Open did in memory. Order: all blocks; sync;

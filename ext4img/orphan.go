@@ -148,6 +148,7 @@ func orphanChecksum(s *Superblock, n *Inode, block int64, b []byte) uint32 {
 const (
 	mmpMagic    = 0x004d4d50 // mmp_magic
 	mmpSeqClean = 0xff4d4d50 // EXT4_MMP_SEQ_CLEAN
+
 )
 
 // checkMMP refuses a file system whose multiple mount protection says that
