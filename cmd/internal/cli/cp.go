@@ -41,8 +41,8 @@ func newCp(host Host) *cobra.Command {
 			"after a crash: it is one transaction of the journal. What does not fit the journal is\n" +
 			"copied in several, which is said; without a journal a crash can leave a part, sound\n" +
 			"after e2fsck. Owners are those of the source, or --owner; without -a a file that is\n" +
-			"there keeps its owner, permissions and extended attributes. A damaged file system, and\n" +
-			"an image that a machine uses, is refused.\n\n" + placeHelp,
+			"there keeps its owner, permissions and extended attributes, and its other names the old\n" +
+			"content. A damaged file system, and an image that a machine uses, is refused.\n\n" + placeHelp,
 		Example: "  qimg cp disk.qcow2:/etc/hosts .\n" +
 			"  qimg cp -a disk.qcow2@before:/home backup\n" +
 			"  qimg cp --owner 0 motd disk.qcow2:/etc/motd\n" +

@@ -28,7 +28,11 @@ func newResize(host Host) *cobra.Command {
 		Short: "Change the size of a disk",
 		Long: "Change the size of a disk to SIZE, or by it with + or -. What the disk gains\n" +
 			"reads as zeroes. An image of version 2 that has snapshots has to be made one of\n" +
-			"version 3 first: qimg amend -o compat=1.1.",
+			"version 3 first: qimg amend -o compat=1.1.\n\n" +
+			"With --fs the ext2, ext3 or ext4 file system in IMAGE[:PART], the partition that it is\n" +
+			"in, which has to be the last one, and the image change their sizes together. max is\n" +
+			"all of the disk, min as small as the file system gets: it has no free space then. A\n" +
+			"SIZE that is smaller needs --shrink, and no file is lost: what does not fit is refused.",
 		Example: "  qimg resize disk.qcow2 20G\n" +
 			"  qimg resize --shrink disk.qcow2 -5G\n" +
 			"  qimg resize --fs disk.qcow2 20G\n" +

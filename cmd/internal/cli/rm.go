@@ -29,7 +29,7 @@ func newRm(host Host) *cobra.Command {
 			"or nothing, also after a crash: it is one transaction of the journal. What does not\n" +
 			"fit the journal is removed in several, which is said; without a journal a crash can\n" +
 			"leave a part, sound after e2fsck. A damaged file system, and an image that a machine\n" +
-			"uses, is refused.\n\n" + placeHelp,
+			"uses, is refused. -f is the format of the image; --ignore-missing is -f of rm(1).\n\n" + placeHelp,
 		Example: "  qimg rm disk.qcow2:/etc/machine-id\n" +
 			"  qimg rm -r -n disk.qcow2:/var/cache/apt",
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -47,6 +47,9 @@ func newRm(host Host) *cobra.Command {
 }
 
 func runRm(ctx context.Context, host Host, o *rmOptions, args []string) error {
+	if strings.Contains(o.open.format, ":/") { // rm -f IMAGE:/PATH, as of rm(1)
+		return usagef("-f is the format of the image; what rm(1) calls -f is --ignore-missing here")
+	}
 	if len(args) == 0 {
 		return usagef("Expecting a file in an image")
 	}
