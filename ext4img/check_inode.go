@@ -94,7 +94,7 @@ func (c *checker) checkInode(ino Ino, raw []byte, block int64) {
 	if want := m.blocks * int64(s.BlockSize/512); n.Blocks != want && !m.damaged && !(reserved && ino == 1) {
 		c.find(InodeBlocksWrong, group, ino, -1, "i_blocks is %d, expected %d", n.Blocks, want)
 	}
-	if n.IsDir() && !m.damaged {
+	if n.IsDir() && !m.damaged && x.flags&inodeOrphan == 0 { // the entries of one without names count for nothing
 		c.checkDir(n, m.dir)
 	}
 }
